@@ -1,0 +1,53 @@
+# make study [STUDY=name] [CORES=n] · make study-plan · make test · make lab · make bases · make bench · make readme
+# Every target sets up .venv by itself first.
+STUDY ?= micro
+CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Progress bars are text, so that they show in the terminal that runs the notebooks; without widgets tqdm says so at every import.
+export PYTHONWARNINGS := ignore:IProgress not found
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
+export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
+SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete
+
+.PHONY: study study-plan test lab bases readme bench
+.DEFAULT_GOAL := study
+
+# torch comes first and by itself: its CPU build is found before anything asks for another one.
+.venv/installed: settings.ini constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dsft: needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+study: .venv/installed
+	@dsft_check $(STUDY)
+	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host
+	@dsft_headline $(STUDY)
+
+study-plan: .venv/installed
+	@dsft_check $(STUDY)
+	@$(SNAKEMAKE) --cores $(CORES) --dry-run --quiet host
+
+test: .venv/installed
+	bash tests/in_step.sh
+	nbdev_test --n_workers $(CORES) --do_print
+	pytest
+
+lab: .venv/installed
+	jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+# README.md is rendered from nbs/index.ipynb, as it was last executed.
+readme: .venv/installed
+	jupyter nbconvert --log-level=WARN --to markdown --stdout --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_input_tags='["hide_input"]' nbs/index.ipynb | sed 's#](\.\./#](#g; s#](analysis)#](nbs/analysis)#g' > README.md
+
+bases: .venv/installed
+	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-llama.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro -p model micro-llama
+
+bench: .venv/installed
+	@mkdir -p runs
+	papermill nbs/benchmarks/step_cost.ipynb runs/step_cost.ipynb -f params/benchmarks/step_cost.yaml --no-progress-bar --stderr-file /dev/stderr

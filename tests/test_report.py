@@ -1,0 +1,273 @@
+"""From run folders written by hand to tables, figures and provenance, in a project of its own."""
+import csv
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import papermill
+import pytest
+
+from dsft.params import ParamsError, load_params
+from dsft.report import (
+    RESULT_COLUMNS, TABLE_COLUMNS, caption, compare, load_entropy, load_results, paper_layout, published_numbers, save_figure,
+    summarise, verdict, write_csv, write_provenance, write_table,
+)
+
+ANALYSIS = Path(__file__).parents[1] / "nbs" / "analysis"
+STUDY = """
+models:
+  micro-llama: {path: nowhere/micro-llama, published: llama-2-7b}
+languages: [zh, vi]
+methods: [base, tft, dsft_logits]
+seeds: [0, 1, 2]
+"""
+# target -> method -> (F1 on xquad, accuracy on xcopa) of each seed; English scores are 30 points higher
+SCORES = {
+    "zh": {"base": [(10, 50)], "tft": [(20, 60), (22, 60), (24, 60)], "dsft_logits": [(21, 61), (24, 61), (27, 61)]},
+    "vi": {"base": [(12, 52)], "tft": [(30, 70), (30, 71), (30, 72)]},  # DSFT has not run in Vietnamese
+}
+
+
+def write_run(root, target, method, seed, scores):
+    key = {"study": "toy", "model": "micro-llama", "lang": target, "method": method, "seed": seed}
+    rows = [
+        {"dataset": dataset, "lang": lang, "metric": metric, "value": value + extra, "items": items, "chance": chance}
+        for (dataset, metric, items, chance), value in zip((("xquad", "f1", 400, None), ("xcopa", "acc", 500, 50.0)), scores)
+        for lang, extra in ((target, 0), ("en", 30))
+    ]
+    folder = root / "runs" / "toy" / "micro-llama" / target / method / f"seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(key | {"scores": rows}))
+    step = {"commit": f"commit-of-{method}", "dirty": False, "packages": {"torch": "2.13.0"}, "hardware": "a CPU"}
+    before = f"train {target} {method} {seed}" if method != "base" else "pretrain"  # one base serves both languages
+    model = step | {"command": before, "seconds": 100.0, "dirty": True}
+    if method != "base":
+        model |= {"data_sha256": f"data-{target}"}
+    evaluation = step | {"command": f"evaluate {target} {method} {seed}", "seconds": 10.5, "model": model}
+    (folder / "provenance.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with the study `toy`: params, run folders, nothing else; it is the current folder."""
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\n")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "toy.yaml").write_text(STUDY)
+    for target, methods in SCORES.items():
+        for method, seeds in methods.items():
+            for seed, scores in enumerate(seeds):
+                write_run(tmp_path, target, method, seed, scores)
+        layers = {"model": "micro-llama", "lang": target, "entropy": [6.0, 5.5, 3.0, 2.9, 2.0], "i": 2, "j": 3}
+        layers |= {"rule": "entropy", "tokens": 900}
+        (tmp_path / "runs" / "toy" / "micro-llama" / target / "layers.json").write_text(json.dumps(layers))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def on_target(results):
+    return results[results["lang"] == results["target"]]
+
+
+def test_one_row_a_score(project):
+    results = load_results(load_params("toy"))
+    assert list(results.columns) == RESULT_COLUMNS
+    assert len(results) == 4 * (1 + 3 + 3 + 1 + 3)
+    row = results.query("target == 'zh' and method == 'tft' and seed == 2 and dataset == 'xcopa' and lang == 'en'").iloc[0]
+    assert (row["value"], row["items"], row["chance"]) == (90.0, 500, 50.0)
+    assert results.query("dataset == 'xquad'")["chance"].isna().all()
+
+
+def test_mean_spread_and_published_number(project):
+    table = summarise(on_target(load_results(load_params("toy"))), {"micro-llama": "llama-2-7b"})
+    tft = table.query("method == 'tft' and dataset == 'xquad' and lang == 'zh'").iloc[0]
+    assert (tft["value"], tft["sd"], tft["seeds"], tft["items"], tft["published"]) == (22.0, 2.0, 3, 400, 23.41)
+    xcopa = table.query("method == 'tft' and dataset == 'xcopa' and lang == 'zh'").iloc[0]
+    assert (xcopa["value"], xcopa["sd"], xcopa["chance"], xcopa["published"]) == (60.0, 0.0, 50.0, 65.0)
+    base = table[table["method"] == "base"]
+    assert base["sd"].isna().all() and base["published"].isna().all()  # one seed; and the paper shows no base model
+    assert summarise(load_results(load_params("toy")))["published"].isna().all()  # no correspondence given
+    assert summarise(load_results(load_params("toy")), {"micro-llama": None})["published"].isna().all()
+
+
+def test_published_numbers_are_the_papers():
+    table = published_numbers()
+    assert not table.duplicated(["model", "method", "dataset", "lang", "metric"]).any()
+    assert table["model"].unique().tolist() == ["llama-2-7b", "gemma-2-2b"]
+    illegible = table.query("model == 'llama-2-7b' and method == 'sft' and dataset == 'xquad'")
+    assert len(illegible) == 3 and illegible["published"].isna().all()
+
+
+def test_table_as_csv_and_markdown(project):
+    table = summarise(on_target(load_results(load_params("toy"))), {"micro-llama": "llama-2-7b"})
+    text = paper_layout(table) + "\n\n" + caption(table, {"micro-llama": "llama-2-7b"})
+    write_table(table[TABLE_COLUMNS], "out", "table1", text)
+    rows = list(csv.reader(Path("out/table1.csv").open(encoding="utf-8")))
+    assert rows[0] == ["model", "method", "dataset", "lang", "metric", "value", "sd", "seeds", "items", "published"]
+    assert ["micro-llama", "tft", "xquad", "zh", "f1", "22.0", "2.0", "3", "400", "23.41"] in rows
+    assert ["micro-llama", "base", "xquad", "zh", "f1", "10.0", "", "1", "400", ""] in rows
+    header, _, *lines, _, below = Path("out/table1.md").read_text(encoding="utf-8").splitlines()
+    assert header == "| model | method | XQuAD F1, vi | XQuAD F1, zh | XCOPA accuracy, vi | XCOPA accuracy, zh |"
+    assert lines == [
+        "| micro-llama | base | 12.0 | 10.0 | 52.0 | 50.0 |",
+        "| micro-llama | TFT | 30.0 ± 0.0 [27.36] | 22.0 ± 2.0 [23.41] | 71.0 ± 1.0 [66.00] | 60.0 ± 0.0 [65.00] |",
+        "| micro-llama | DSFT-logits | - | **24.0 ± 3.0** [24.77] | - | **61.0 ± 0.0** [66.40] |",
+    ]
+    for fact in ("over 3 seeds", "400 to 500 items", "Chance: XCOPA 50.", "llama-2-7b for micro-llama"):
+        assert fact in below
+    assert not list(Path("out").glob(".*"))  # no temporary file stays
+
+
+def test_nothing_to_show(project):
+    nothing = load_results(load_params("toy")).query("dataset == 'mkqa'")
+    table = summarise(nothing)
+    assert table.empty and list(table.columns[: len(TABLE_COLUMNS)]) == TABLE_COLUMNS
+    assert (paper_layout(table), caption(table)) == ("", "The study has no such benchmarks.")
+    assert verdict(compare(nothing)).startswith("There are no two fine-tuned methods")
+
+
+def test_paired_comparison(project):
+    comparison = compare(on_target(load_results(load_params("toy"))))
+    assert comparison[["method", "lang", "dataset", "seeds"]].values.tolist() == [
+        ["dsft_logits", "zh", "xquad", 3], ["dsft_logits", "zh", "xcopa", 3]  # not the base, and only what both have run
+    ]
+    xquad, xcopa = comparison.itertuples()
+    assert xquad.difference == 2.0  # 1, 2 and 3: sd 1, t(0.975, 2) = 4.3027
+    assert (xquad.low, xquad.high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert (xcopa.low, xcopa.difference, xcopa.high) == (1.0, 1.0, 1.0)
+    assert "1.5 points above TFT, and above it in 2 of 2 cells" in verdict(comparison)
+    assert "wholly above zero in 1 and wholly below in 0" in verdict(comparison)
+
+
+def test_no_interval_below_three_seeds(project):
+    comparison = compare(on_target(load_results(load_params("toy"))).query("seed < 2"))
+    assert comparison["low"].isna().all() and comparison["high"].isna().all()
+    assert "2 of the 3 seeds that an interval needs" in verdict(comparison)
+
+
+def test_without_runs_the_committed_tables_are_read(project, capsys):
+    results, entropy = load_results(load_params("toy")), load_entropy(load_params("toy"))
+    write_csv(results, "figures/toy/results.csv")
+    write_csv(entropy, "figures/toy/entropy.csv")
+    assert capsys.readouterr().out == ""
+    os.rename("runs", "elsewhere")
+    pd.testing.assert_frame_equal(load_results(load_params("toy")), results)
+    pd.testing.assert_frame_equal(load_entropy(load_params("toy")), entropy, check_dtype=False)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2 and "committed results.csv" in out[0] and "committed entropy.csv" in out[1]
+
+
+@pytest.mark.parametrize("load", [load_results, load_entropy])
+def test_neither_runs_nor_tables(project, load):
+    with pytest.raises(FileNotFoundError, match="make study STUDY=nowhere") as error:
+        load(load_params("toy").model_copy(update={"name": "nowhere"}))
+    assert "\n" not in str(error.value)
+
+
+def edited(**changes):
+    return lambda metrics: json.dumps(metrics | changes)
+
+
+def with_score(**changes):
+    return lambda metrics: json.dumps(metrics | {"scores": [metrics["scores"][0] | changes]})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda metrics: json.dumps(metrics)[:-20], "Invalid JSON"),
+        (lambda metrics: "", "Invalid JSON"),
+        (lambda metrics: "[]", "object"),
+        (edited(scores=None), "scores"),
+        (with_score(value="high"), "scores.0.value"),
+        (with_score(value=float("nan")), "scores.0.value"),
+        (with_score(items=0), "scores.0.items"),
+        (edited(method="sft"), "written for another run, toy micro-llama zh sft 1"),
+        (edited(seed=7), "written for another run"),
+        (lambda metrics: json.dumps(metrics | {"scores": metrics["scores"] * 2}), "the score xcopa en acc stands twice"),
+    ],
+)
+def test_broken_metrics_file(project, spoil, message):
+    path = project / "runs/toy/micro-llama/zh/tft/seed1/metrics.json"
+    path.write_text(spoil(json.loads(path.read_text())))
+    with pytest.raises(ParamsError) as error:
+        load_results(load_params("toy"))
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
+    assert "delete that file" in str(error.value)
+
+
+def test_seeds_on_different_items_are_not_averaged(project):
+    path = project / "runs/toy/micro-llama/zh/tft/seed1/metrics.json"
+    path.write_text(path.read_text().replace('"items": 400', '"items": 40'))
+    with pytest.raises(ParamsError, match="micro-llama/zh/tft, xquad in .*: seeds were tested on 40 and on 400 items"):
+        summarise(load_results(load_params("toy")))
+
+
+def test_broken_layers_file(project):
+    path = project / "runs/toy/micro-llama/zh/layers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"entropy": [1.0, None]}))
+    with pytest.raises(ParamsError, match=r"layers\.json: entropy\.1"):
+        load_entropy(load_params("toy"))
+
+
+def test_provenance_of_a_study(project):
+    with pytest.raises(FileNotFoundError):
+        write_provenance(load_params("toy"))  # results.csv comes first
+    write_csv(load_results(load_params("toy")), "figures/toy/results.csv")
+    record = write_provenance(load_params("toy"))
+    assert record == json.loads(Path("figures/toy/provenance.json").read_text())
+    assert (record["study"], record["command"], record["runs"], record["seconds"]) == ("toy", "make study STUDY=toy", 11, 11 * 10.5 + 1000)
+    assert record["commit"] == ["commit-of-base", "commit-of-dsft_logits", "commit-of-tft"]
+    assert (record["packages"], record["dirty"]) == ({"torch": ["2.13.0"]}, [False, True])
+    assert record["data_sha256"] == ["data-vi", "data-zh"]
+    assert record["results_sha256"] == hashlib.sha256(Path("figures/toy/results.csv").read_bytes()).hexdigest()
+    os.rename("runs", "elsewhere")
+    assert write_provenance(load_params("toy")) == record
+
+
+def test_figures_are_reproducible(tmp_path):
+    for name in ("a", "b"):
+        figure, axes = plt.subplots()
+        axes.plot([0, 1], [1, 0], label="x")
+        axes.legend()
+        save_figure(figure, tmp_path, name)
+        plt.close(figure)
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
+
+
+def analyse(project, name):
+    """Execute an analysis notebook on the study; the text of its outputs."""
+    parameters = {"study": "toy"}
+    executed = papermill.execute_notebook(
+        ANALYSIS / f"{name}.ipynb", project / f"{name}.ipynb", parameters, cwd=project, progress_bar=False, kernel_name="python3"
+    )
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert not [o["text"] for o in outputs if o.get("name") == "stderr"]
+    return "\n".join(o.get("text") or o["data"].get("text/markdown") or o["data"]["text/plain"] for o in outputs)
+
+
+EVERY = ["table1", "table2", "retention", "figure1", "figure2"]
+
+
+def test_analysis_notebooks_from_runs_and_again_from_their_own_tables(project):
+    shown = {name: analyse(project, name) for name in EVERY}
+    folder = project / "figures" / "toy"
+    assert "1 of 1 cell" in shown["table1"] and "2.0 points above TFT" in shown["table1"]
+    assert "1.0 points above TFT" in shown["table2"]
+    assert "after TFT the English score lies 14.8 points above the base model" in shown["retention"]  # (12 + 10 + 18 + 19) / 4
+    assert "from 6.00 nats at the embeddings to 2.00 after layer 4; the steepest fall is 2.50, at layer 2" in shown["figure2"]
+    assert "xcopa" not in (folder / "table1.csv").read_text() and "xquad" not in (folder / "table2.csv").read_text()
+    assert "micro-llama,dsft_logits,xquad,zh,f1,24.0,3.0,3,400,24.77" in (folder / "table1.csv").read_text()
+    named = {p.stem for p in folder.iterdir()}
+    assert named == {*EVERY, "table1_against_tft", "table2_against_tft", "results", "entropy", "provenance"}
+    first = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    os.rename("runs", "elsewhere")
+    assert "reading its committed results.csv" in analyse(project, "table1")
+    assert "reading its committed entropy.csv" in analyse(project, "figure2")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == first

@@ -1,0 +1,120 @@
+"""The main job end to end: `make study` on a small study, a second time, after a kill, and with mistakes in the study file."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+METHODS = ["base", "tft", "dsft_logits"]
+OUTSIDE = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # as if no `make test` ran around it
+
+
+def write_study(folder: Path, name: str, **changes) -> Path:
+    """params/smoke.yaml with one language and fewer methods, writing to `folder`, as a study of its own."""
+    study = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8"))
+    study |= {"languages": ["zh"], "methods": METHODS, "runs": str(folder / "runs"), "figures": str(folder / "figures")}
+    study["train"] |= {"batch_size": 8, "per_device_batch_size": 8}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(study | changes), encoding="utf-8")
+    return path
+
+
+def make(study: Path) -> subprocess.CompletedProcess:
+    command = ["make", "study", f"STUDY={study}", "CORES=2"]
+    return subprocess.run(command, cwd=ROOT, env=OUTSIDE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, Path]:
+    """A study that ran undisturbed: its file and its folder."""
+    folder = tmp_path_factory.mktemp("study")
+    study = write_study(folder, "quiet")
+    result = make(study)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert "100%" in result.stdout and "table1.md" in result.stdout
+    return study, folder
+
+
+def test_study_writes_every_run_and_table(finished):
+    study, folder = finished
+    for method in METHODS:
+        run = folder / "runs" / "quiet" / "mini-llama" / "zh" / method / "seed0"
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert {(s["dataset"], s["lang"]) for s in metrics["scores"]} == {(d, x) for d in ("xquad", "xcopa") for x in ("zh", "en")}
+        assert all(s["items"] == 24 for s in metrics["scores"])
+        assert len((run / "samples.jsonl").read_text().splitlines()) == 4 * 24
+        assert json.loads((run / "provenance.json").read_text())["commit"]
+        assert yaml.safe_load((run / "params.yaml").read_text())["method"] == method
+        if method != "base":
+            log = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
+            assert log[-1]["step"] == 8 and log[-1]["loss_tft"] > 0
+            assert (log[-1]["loss_lc"] > 0) == (method == "dsft_logits")
+            assert not list(run.glob("checkpoints-*"))
+    table = pd.read_csv(folder / "figures" / "quiet" / "table1.csv")
+    assert list(table) == ["model", "method", "dataset", "lang", "metric", "value", "sd", "seeds", "items", "published"]
+    assert set(table["method"]) == set(METHODS)
+    assert (folder / "figures" / "quiet" / "figure2.svg").stat().st_size > 1000
+
+
+def test_a_second_time_nothing_is_done(finished):
+    study, folder = finished
+    metrics = sorted(folder.glob("runs/**/metrics.json"))
+    before = [p.stat().st_mtime_ns for p in metrics]
+    result = make(study)
+    assert result.returncode == 0 and "Nothing to be done" in result.stdout, result.stdout[-3000:]
+    assert [p.stat().st_mtime_ns for p in metrics] == before
+
+
+def test_a_killed_study_goes_on_to_the_same_result(finished, tmp_path):
+    base = finished[1] / "runs" / "quiet" / "mini-llama" / "base"
+    study = write_study(tmp_path, "killed", models={"mini-llama": {"path": str(base)}}, methods=["dsft_logits"])
+    run = tmp_path / "runs" / "killed" / "mini-llama" / "zh" / "dsft_logits" / "seed0"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(["make", "study", f"STUDY={study}"], cwd=ROOT, env=OUTSIDE, start_new_session=True, **quiet)
+    deadline = time.monotonic() + 300
+    while not list(run.glob("checkpoints-*/checkpoint-2")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(run.glob("checkpoints-*/checkpoint-*")) and not (run / "model").exists(), "the kill did not hit the training"
+
+    result = make(study)
+    assert result.returncode == 0, result.stdout[-5000:]
+    undisturbed = finished[1] / "runs" / "quiet" / "mini-llama" / "zh" / "dsft_logits" / "seed0"
+    assert (run / "model" / "model.safetensors").read_bytes() == (undisturbed / "model" / "model.safetensors").read_bytes()
+    scores = [json.loads((folder / "metrics.json").read_text())["scores"] for folder in (run, undisturbed)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"methods": ["tfft"]}, "methods.0 = 'tfft': no method of that name"),
+        ({"layers": {"i": 3, "j": 3}}, "layers: layer i = 3 must lie below layer j = 3"),
+        ({"layers": {"i": 1, "j": 9}}, "layers.j = 9: mini-llama has layers 1 to 4"),
+        ({"learning_rate": 1}, "learning_rate = 1: unknown field"),
+        ({"data": {"source": "files", "files": {"en": "none.json", "zh": "none.json"}}}, "data.files.en = 'none.json': no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, changes, told):
+    result = make(write_study(tmp_path, "mistaken", **changes))
+    assert result.returncode != 0
+    ours = [line for line in result.stdout.splitlines() if not line.startswith("make:")]
+    assert len(ours) == 1 and ours[0].startswith("dsft: ") and told in ours[0], result.stdout
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "figures").exists()
+
+
+def test_data_that_are_not_parallel_are_one_line(tmp_path):
+    for lang, count in (("en", 3), ("zh", 2)):
+        items = [{"instruction": "?", "input": "", "output": "!"}] * count
+        (tmp_path / f"{lang}.json").write_text(json.dumps(items), encoding="utf-8")
+    files = {lang: str(tmp_path / f"{lang}.json") for lang in ("en", "zh")}
+    result = make(write_study(tmp_path, "lopsided", data={"source": "files", "files": files}))
+    assert result.returncode != 0 and "not parallel" in result.stdout and not (tmp_path / "runs").exists()

@@ -1,0 +1,193 @@
+"""DSFTTrainer: what it optimises, what it logs, that it resumes, and that it refuses to train on less than asked for."""
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from dsft.data import TokenizedExample, collate
+from dsft.losses import dsft_loss, join
+from dsft.methods import METHODS
+from dsft.trainer import DSFTTrainer, last_complete_checkpoint
+
+NAMES = ("loss", "tft", "lc", "et")
+
+
+def losses(log: dict, prefix: str = "") -> list[float]:
+    return [log[prefix + (name if name == "loss" else f"loss_{name}")] for name in NAMES]
+
+
+def training_logs(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("supervisions", tiny.SUPERVISIONS)
+@pytest.mark.parametrize(("batch", "steps"), ((4, 2), (2, 4)))
+def test_gradient_accumulation_changes_nothing(tmp_path, supervisions, batch, steps):
+    whole = tiny.trainer(tmp_path, supervisions)
+    whole.train()
+    parts = tiny.trainer(tmp_path, supervisions, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+    parts.train()
+    assert tiny.largest_difference(parts.model.state_dict(), whole.model.state_dict()) < 1e-6
+    for a, b in zip(training_logs(parts), training_logs(whole), strict=True):
+        assert losses(a) == pytest.approx(losses(b), abs=1e-5)
+
+
+def test_the_first_step_is_the_gradient_of_the_loss(tmp_path):
+    trainer = tiny.trainer(tmp_path, "mixed", max_steps=1, train_sampling_strategy="sequential")
+    reference = tiny.model()
+    batch = collate([TokenizedExample(*(row[f] for f in TokenizedExample._fields)) for row in tiny.data(8)], 0)
+    out = dsft_loss(reference, batch, tiny.SUPERVISIONS["mixed"], "naive")
+    out["loss"].backward()
+    torch.optim.SGD(reference.parameters(), 0.1).step()
+    trainer.train()
+    assert tiny.largest_difference(trainer.model.state_dict(), reference.state_dict()) < 1e-6
+    assert losses(training_logs(trainer)[0]) == pytest.approx([out[name].item() for name in NAMES], rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", (1, 2))
+def test_logs_are_means_since_the_last_log(tmp_path, accumulation):
+    arguments = dict(per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation, max_steps=6)
+    each = tiny.trainer(tmp_path, **arguments)
+    each.train()
+    thirds = tiny.trainer(tmp_path, logging_steps=3, **arguments)
+    thirds.train()
+    one = torch.tensor([losses(log) for log in training_logs(each)])
+    three = torch.tensor([losses(log) for log in training_logs(thirds)])
+    torch.testing.assert_close(one.view(2, 3, 4).mean(1), three, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one[:, 0], one[:, 1:].sum(1), rtol=1e-5, atol=1e-6)  # all weights are 1
+
+
+@pytest.mark.parametrize("batch", (3, 40))
+def test_evaluation_is_the_loss_of_the_whole_set(tmp_path, batch):
+    trainer = tiny.trainer(tmp_path, eval_dataset=tiny.data(), per_device_eval_batch_size=batch)
+    whole = collate([TokenizedExample(*(row[f] for f in TokenizedExample._fields)) for row in tiny.data()], 0)
+    expected = dsft_loss(trainer.model, whole, tiny.SUPERVISIONS["logits"], "naive")
+    metrics = trainer.evaluate()
+    assert losses(metrics, "eval_") == pytest.approx([expected[name].item() for name in NAMES], rel=1e-5)
+    assert losses(trainer.evaluate(metric_key_prefix="vi"), "vi_") == losses(metrics, "eval_")
+
+
+def test_evaluation_in_training_leaves_its_logs_alone(tmp_path):
+    without = tiny.trainer(tmp_path, logging_steps=5)
+    without.train()
+    between = tiny.trainer(tmp_path, logging_steps=5, eval_dataset=tiny.data(), eval_strategy="steps", eval_steps=2)
+    between.train()
+    assert losses(training_logs(between)[0]) == losses(training_logs(without)[0])
+    assert [log["step"] for log in between.state.log_history if "eval_loss_et" in log] == [2, 4, 5]
+
+
+class Stop(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 4
+
+
+@pytest.mark.parametrize("strategy", ("random", "group_by_length"))
+def test_resume_is_bit_exact(tmp_path, strategy):
+    arguments = dict(
+        optim="adamw_torch",
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        max_steps=8,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=3,
+        train_sampling_strategy=strategy,
+    )
+    whole = tiny.trainer(tmp_path / "whole", **arguments)
+    whole.train()
+    tiny.trainer(tmp_path / "cut", **arguments, callbacks=[Stop()]).train()
+    checkpoint = last_complete_checkpoint(tmp_path / "cut")
+    assert checkpoint.endswith("checkpoint-3")
+    again = tiny.trainer(tmp_path / "cut", **arguments)
+    again.train(resume_from_checkpoint=checkpoint)
+    assert tiny.largest_difference(again.model.state_dict(), whole.model.state_dict()) == 0
+    assert [losses(log) for log in training_logs(again)[3:]] == [losses(log) for log in training_logs(whole)[3:]]
+
+
+def test_a_checkpoint_cut_off_is_skipped(tmp_path):
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    for step, state in ((3, "{}"), (20, '{"global_step": 20}'), (100, '{"global_st'), (200, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+
+
+def test_saved_model_loads_as_a_plain_causal_lm(tmp_path):
+    trainer = tiny.trainer(tmp_path)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert tiny.largest_difference(loaded.state_dict(), trainer.model.state_dict()) == 0
+    ids = torch.arange(10)[None]
+    trainer.model.eval()
+    assert torch.equal(loaded(ids).logits, trainer.model(ids).logits)  # and nothing of ours stays in the trained model's forward
+
+
+def test_grouping_by_length_saves_padding(tmp_path):
+    def columns(trainer):
+        return sum(join(batch, "x_tgt", "y_tgt").input_ids.shape[1] for batch in trainer.get_train_dataloader())
+
+    plain, grouped = (
+        tiny.trainer(tmp_path, "tft", train_sampling_strategy=s, per_device_train_batch_size=2)
+        for s in ("random", "group_by_length")
+    )
+    assert columns(grouped) < columns(plain)
+
+
+def test_lora_trains_the_adapters_and_is_merged_on_export(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = tiny.model()
+    adapted = peft.get_peft_model(tiny.model(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    batch = collate([TokenizedExample(*(row[f] for f in TokenizedExample._fields)) for row in tiny.data(8)], 0)
+    for path in ("naive", "truncated", "one_pass"):  # B = 0 at first: the adapted model is the base model
+        supervisions = tiny.SUPERVISIONS["mixed"]
+        torch.testing.assert_close(
+            dsft_loss(adapted, batch, supervisions, path)["loss"], dsft_loss(base, batch, supervisions, path)["loss"]
+        )
+    trainer = tiny.trainer(tmp_path, "mixed", lm=adapted)
+    frozen = {name: p.clone() for name, p in adapted.named_parameters() if not p.requires_grad}
+    trainer.train()
+    assert frozen and all(torch.equal(p, frozen[name]) for name, p in adapted.named_parameters() if name in frozen)
+    ids = torch.arange(10)[None]
+    expected = adapted.eval()(ids).logits
+    assert not torch.allclose(expected, base(ids).logits)
+    trainer.export(tmp_path / "model")
+    torch.testing.assert_close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")(ids).logits, expected)
+
+
+def test_bf16_autocast_trains(tmp_path):
+    trainer = tiny.trainer(tmp_path, "mixed", bf16=True)
+    trainer.train()
+    reference = tiny.trainer(tmp_path, "mixed")
+    reference.train()
+    assert losses(training_logs(trainer)[-1]) == pytest.approx(losses(training_logs(reference)[-1]), rel=0.02)
+    assert 0 < tiny.largest_difference(trainer.model.state_dict(), reference.model.state_dict()) < 0.02
+
+
+def test_the_bar_is_plain_text_on_stderr(tmp_path, capsys):
+    tiny.trainer(tmp_path, disable_tqdm=False).train()
+    captured = capsys.readouterr()
+    assert "100%" in captured.err and "5/5" in captured.err and "tft=" in captured.err
+    assert "loss" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("MASTER_ADDR", "127.0.0.1", "only one process runs"), ("ACCELERATE_USE_FSDP", "true", "FSDP was asked for")],
+)
+def test_a_fallback_to_one_process_is_an_error(tmp_path, monkeypatch, name, value, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=message):
+        tiny.trainer(tmp_path)
+
+
+def test_wrong_use_is_refused_at_once(tmp_path):
+    mt5 = transformers.MT5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    with pytest.raises(ValueError, match="MT5ForConditionalGeneration cannot be served"):
+        tiny.trainer(tmp_path, lm=transformers.MT5ForConditionalGeneration(mt5))
+    with pytest.raises(ValueError, match=r"layer 9 of the lc logits supervision is not in 1\.\.4"):
+        DSFTTrainer(tiny.model(), transformers.TrainingArguments(str(tmp_path), use_cpu=True), METHODS["dsft_logits"].at(9, 2))
