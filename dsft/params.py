@@ -6,7 +6,7 @@
 __all__ = ['PositiveInt', 'Rate', 'Share', 'Language', 'PACKAGES', 'ParamsError', 'project_root', 'Part', 'PretrainParams',
            'ModelParams', 'DataParams', 'LoraParams', 'TrainParams', 'EvalParams', 'Layers', 'Study', 'Run',
            'load_params', 'num_hidden_layers', 'replacing', 'write_json', 'write_jsonl', 'digest', 'provenance',
-           'require']
+           'require', 'exclusive']
 
 # %% ../nbs/01_params.ipynb #589f27e4
 import hashlib
@@ -460,3 +460,10 @@ def require(result: str | Path, notebook: str, **parameters: Any) -> None:
             print(f"{result.name} is not there yet: running {notebook}.ipynb", file=sys.stderr)
             source = project_root() / "nbs" / "experiments" / f"{notebook}.ipynb"
             papermill.execute_notebook(source, result.parent / f"{notebook}.ipynb", parameters, progress_bar=False, cwd=source.parent)
+
+# %% ../nbs/01_params.ipynb #03720c11
+def exclusive(work: str | Path) -> FileLock:
+    """Wait until no other process works in the folder `work`, then hold it until `release()` or the end of this process."""
+    work = Path(work)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(work.with_name(f".{work.name}.lock")).acquire().lock
