@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['METHODS', 'Supervision', 'Method']
 
-# %% ../nbs/00_methods.ipynb #959ca04e
+# %% ../nbs/00_methods.ipynb #c011b550
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 # %% ../nbs/00_methods.ipynb #ac4c2e0d
@@ -35,7 +35,7 @@ class Supervision:
         """The same supervision with the letters "i" and "j" replaced by the layers of that model."""
         return replace(self, layer={"i": i, "j": j}.get(self.layer, self.layer))
 
-# %% ../nbs/00_methods.ipynb #ceedf40f
+# %% ../nbs/00_methods.ipynb #08f0c893
 class Method(BaseModel):
     """A fine-tuning method: the side of the parallel pair it trains on and what it supervises inside the model."""
 
@@ -43,13 +43,20 @@ class Method(BaseModel):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")  # also the folder name of its runs
     trains_on: Literal["tgt", "en"] | None = "tgt"  # x_tgt -> y_tgt, or x_en -> y_en, or no training at all
+    data: Literal["parallel", "sdrrl"] = "parallel"  # the study's examples as they are, or the mix that SDRRL makes of them (dsft.sdrrl)
     supervisions: tuple[Supervision, ...] = ()
+
+    @model_validator(mode="after")
+    def _the_mix_is_trained_on_its_output(self):
+        if self.data == "sdrrl" and (self.trains_on != "tgt" or self.supervisions):
+            raise ValueError("data = 'sdrrl' goes with trains_on = 'tgt' and no supervisions: its rows are of many tasks, not all parallel")
+        return self
 
     def at(self, i: int, j: int) -> tuple[Supervision, ...]:
         """Its supervisions with the critical layers of a model filled in."""
         return tuple(s.at(i, j) for s in self.supervisions)
 
-# %% ../nbs/00_methods.ipynb #26ec4353
+# %% ../nbs/00_methods.ipynb #4fed44b9
 def _dsft(name: str, kind: str) -> Method:
     stages = (("lc", "i"), ("et", "j"))
     return Method(name=name, supervisions=tuple(Supervision(stage=s, kind=kind, layer=k) for s, k in stages))
@@ -61,6 +68,7 @@ METHODS = {
         Method(name="base", trains_on=None),
         Method(name="sft", trains_on="en"),
         Method(name="tft"),
+        Method(name="sdrrl", data="sdrrl"),
         _dsft("dsft_logits", "logits"),
         _dsft("dsft_feature", "feature"),
     )
