@@ -1,8 +1,9 @@
-"""What torchrun starts in test_distributed.py: DSFTTrainer on 2 examples x 2 accumulation steps in each of two processes."""
+"""What test_distributed.py starts on two processes: DSFTTrainer on 2 examples x 2 accumulation steps in each, case after case."""
 
-import os
 import sys
+from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -10,19 +11,13 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-FSDP2 = dict(
-    ACCELERATE_USE_FSDP="true",
-    FSDP_VERSION="2",
-    FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-    FSDP_RESHARD_AFTER_FORWARD="true",
-    FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
-    FSDP_CPU_RAM_EFFICIENT_LOADING="false",
-)
+import dsft.trainer
+
+WRAPPED = {"ddp": DistributedDataParallel, "fsdp2": FSDPModule}
 
 
 def let_accelerate_shard_on_cpu() -> None:
     """accelerate knows FSDP2 on GPUs only and falls back to DDP elsewhere; torch's FSDP2 itself runs on CPU over gloo."""
-    os.environ.update(FSDP2)
     init = AcceleratorState.__init__
 
     def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
@@ -34,20 +29,27 @@ def let_accelerate_shard_on_cpu() -> None:
     AcceleratorState.__init__ = init_with_fsdp
 
 
-def main(engine: str, supervisions: str, variant: str, out: str) -> None:
-    if engine == "fsdp2":
-        let_accelerate_shard_on_cpu()
+def train(engine: str, supervisions: str, variant: str, out: Path) -> None:
     arguments = dict(
         per_device_train_batch_size=2, gradient_accumulation_steps=2, gradient_checkpointing=variant == "tied, checkpointing"
     )
-    trainer = tiny.trainer(os.path.dirname(out), supervisions, lm=tiny.variant(variant), **arguments)
+    trainer = tiny.trainer(out.parent, supervisions, lm=tiny.variant(variant), **arguments)
     trainer.train()
-    wrapped = {"ddp": DistributedDataParallel, "fsdp2": FSDPModule}[engine]
-    assert torch.distributed.get_world_size() == 2 and isinstance(trainer.model_wrapped, wrapped), type(trainer.model_wrapped)
+    assert torch.distributed.get_world_size() == 2 and isinstance(trainer.model_wrapped, WRAPPED[engine]), type(trainer.model_wrapped)
     trainer.export(out)
 
 
+def main(engine: str, folder: Path) -> None:
+    if engine == "fsdp2":
+        with pytest.raises(RuntimeError, match="FSDP was asked for, but accelerate runs MULTI_CPU"):
+            tiny.trainer(folder)
+        let_accelerate_shard_on_cpu()
+    for supervisions, variant in tiny.DISTRIBUTED[engine]:
+        train(engine, supervisions, variant, folder / f"{supervisions}, {variant}")
+    dsft.trainer.train(str(folder / "study.yaml"))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], Path(sys.argv[2]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # after the wrapped model is gone: it hangs now and then the other way round

@@ -21,6 +21,11 @@ SUPERVISIONS = {
         Supervision(stage="et", kind="logits", layer=LAYERS, reading="positional", update_head=True),
     ),
 }
+# What runs on two processes: supervisions and variant of the model.
+DISTRIBUTED = {
+    "ddp": (("mixed", "plain"), ("logits", "lora")),
+    "fsdp2": (("mixed", "plain"), ("logits", "tied, checkpointing"), ("logits", "lora")),
+}
 
 
 def model(tied: bool = False) -> transformers.LlamaForCausalLM:
