@@ -25,7 +25,7 @@ RUN = f"{folder}/{{model}}/{{lang}}/{{method}}/seed{{seed}}"
 ANALYSES = {
     "figure1": ["figure1.png", "figure1.svg"],
     "figure2": ["figure2.png", "figure2.svg", "entropy.csv"],
-    "table1": ["table1.csv", "table1.md", "table1_against_tft.csv", "table1_against_tft.md", "results.csv", "provenance.json"],
+    "table1": ["table1.csv", "table1.md", "table1_against_tft.csv", "table1_against_tft.md", "results.csv", "items.parquet", "provenance.json"],
     "table2": ["table2.csv", "table2.md", "table2_against_tft.csv", "table2_against_tft.md"],
     "retention": ["retention.csv", "retention.md", "retention.png", "retention.svg"],
 }

@@ -2,18 +2,22 @@
 import csv
 import hashlib
 import json
+import math
 import os
+import random
+import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
 
 from dsft.params import ParamsError, load_params
 from dsft.report import (
-    RESULT_COLUMNS, TABLE_COLUMNS, caption, compare, load_entropy, load_results, paper_layout, published_numbers, save_figure,
-    summarise, verdict, write_csv, write_provenance, write_table,
+    BASELINES, CELL, RESULT_COLUMNS, TABLE_COLUMNS, bootstrap, caption, compare, holm, load_entropy, load_items, load_results,
+    paper_layout, published_numbers, save_figure, summarise, verdict, write_csv, write_items, write_provenance, write_table,
 )
 
 ANALYSIS = Path(__file__).parents[1] / "nbs" / "analysis"
@@ -41,6 +45,11 @@ def write_run(root, target, method, seed, scores):
     folder = root / "runs" / "toy" / "micro-llama" / target / method / f"seed{seed}"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(key | {"scores": rows}))
+    samples = [  # of N items the first so many are right
+        {"dataset": row["dataset"], "lang": row["lang"], "id": f"q{n:03d}", "value": float(n < row["value"] * row["items"] / 100)}
+        for row in rows for n in range(row["items"])
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     step = {"commit": f"commit-of-{method}", "dirty": False, "packages": {"torch": "2.13.0"}, "hardware": "a CPU"}
     before = f"train {target} {method} {seed}" if method != "base" else "pretrain"  # one base serves both languages
     model = step | {"command": before, "seconds": 100.0, "dirty": True}
@@ -126,41 +135,94 @@ def test_nothing_to_show(project):
     table = summarise(nothing)
     assert table.empty and list(table.columns[: len(TABLE_COLUMNS)]) == TABLE_COLUMNS
     assert (paper_layout(table), caption(table)) == ("", "The study has no such benchmarks.")
-    assert verdict(compare(nothing)).startswith("There are no two fine-tuned methods")
+    comparison = compare(load_items(load_params("toy")).query("dataset == 'mkqa'"))
+    assert verdict(comparison).startswith("There are no two fine-tuned methods")
+
+
+def test_items_are_the_parts_of_the_scores(project):
+    means = on_target(load_items(load_params("toy"))).groupby([*CELL, "seed"])["value"].mean()
+    scores = on_target(load_results(load_params("toy"))).set_index([*CELL, "seed"])["value"]
+    pd.testing.assert_series_equal(means, scores.sort_index())
 
 
 def test_paired_comparison(project):
-    comparison = compare(on_target(load_results(load_params("toy"))))
-    assert comparison[["method", "lang", "dataset", "seeds"]].values.tolist() == [
-        ["dsft_logits", "zh", "xquad", 3], ["dsft_logits", "zh", "xcopa", 3]  # not the base, and only what both have run
+    comparison = compare(on_target(load_items(load_params("toy"))))
+    assert comparison[["method", "lang", "dataset", "seeds", "items"]].values.tolist() == [
+        ["dsft_logits", "zh", "xquad", 3, 400], ["dsft_logits", "zh", "xcopa", 3, 500]  # not the base, and only what both have run
     ]
     xquad, xcopa = comparison.itertuples()
-    assert xquad.difference == 2.0  # 1, 2 and 3: sd 1, t(0.975, 2) = 4.3027
-    assert (xquad.low, xquad.high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert (xcopa.low, xcopa.difference, xcopa.high) == (1.0, 1.0, 1.0)
+    assert (xquad.difference, xcopa.difference) == (2.0, 1.0)
+    assert 0 < xquad.low < 2 < xquad.high < 6 and 0 < xcopa.low < 1 < xcopa.high < 3
+    assert list(comparison["p_holm"]) == pytest.approx(list(holm(comparison["p"])))
     assert "1.5 points above TFT, and above it in 2 of 2 cells" in verdict(comparison)
-    assert "wholly above zero in 1 and wholly below in 0" in verdict(comparison)
+    assert "significantly above in 2 and significantly below in 0" in verdict(comparison)
+
+
+def test_bootstrap_against_one_written_as_a_loop():
+    """Draw seeds and items with plain `random`, one draw at a time; the seeds' part of the scatter is widened afterwards."""
+    rng = random.Random(0)
+    d = [[rng.gauss(1 + 2 * k, 5) for _ in range(40)] for k in range(4)]
+    overall, draws = statistics.fmean(map(statistics.fmean, d)), []
+    for _ in range(20_000):
+        items = [rng.randrange(40) for _ in range(40)]
+        rows = [statistics.fmean(row[n] for n in items) for row in d]
+        center = statistics.fmean(rows)
+        draws.append(center + (4 / 3) ** 0.5 * (statistics.fmean(rng.choices(rows, k=4)) - center))
+    draws.sort()
+    low, high, p = bootstrap(np.array(d), draws=20_000)
+    assert (low, high) == pytest.approx((draws[500], draws[-500]), abs=0.12)
+    assert p == pytest.approx(2 * sum(x <= 0 for x in draws) / 20_000, abs=0.01)
+    assert low < overall < high
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # worked by hand: 4 x .005, 3 x .01, 2 x .03, then not less than that
+        ([0.5, 0.9], [1.0, 1.0]),
+        ([0.02, math.nan], [0.02, math.nan]),
+        ([], []),
+    ],
+)
+def test_holm(p, expected):
+    assert holm(p).tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_gain_counts_against_the_best_baseline(project):
+    items = load_items(load_params("toy")).query("lang == 'zh' and target == 'zh' and dataset == 'xquad'")
+    longer = items.query("method == 'tft'").assign(method="tft_compute", value=lambda t: t["value"].where(t["id"] > "q007", 0.0))
+    best = items.query("method == 'tft'").assign(method="tft_en", value=lambda t: t["value"].where(t["id"] < "q390", 100.0))
+    comparison = compare(pd.concat([items, longer, best]), BASELINES)
+    assert comparison[["method", "baseline", "difference"]].values.tolist() == [["dsft_logits", "tft_en", -0.5]]  # 24 against 22 + 2.5
+
+
+def test_other_items_are_not_compared(project):
+    items = load_items(load_params("toy")).query("lang == 'zh' and target == 'zh'")
+    with pytest.raises(ParamsError, match="micro-llama zh .*: dsft_logits and tft answered different items"):
+        compare(items[~((items["method"] == "tft") & (items["id"] == "q001"))])
 
 
 def test_no_interval_below_three_seeds(project):
-    comparison = compare(on_target(load_results(load_params("toy"))).query("seed < 2"))
-    assert comparison["low"].isna().all() and comparison["high"].isna().all()
+    comparison = compare(on_target(load_items(load_params("toy"))).query("seed < 2"))
+    assert comparison[["low", "high", "p", "p_holm"]].isna().all(axis=None)
     assert "2 of the 3 seeds that an interval needs" in verdict(comparison)
 
 
 def test_without_runs_the_committed_tables_are_read(project, capsys):
-    results, entropy = load_results(load_params("toy")), load_entropy(load_params("toy"))
+    results, items, entropy = (load(load_params("toy")) for load in (load_results, load_items, load_entropy))
     write_csv(results, "figures/toy/results.csv")
+    write_items(items, "figures/toy/items.parquet")
     write_csv(entropy, "figures/toy/entropy.csv")
     assert capsys.readouterr().out == ""
     os.rename("runs", "elsewhere")
     pd.testing.assert_frame_equal(load_results(load_params("toy")), results)
+    pd.testing.assert_frame_equal(load_items(load_params("toy")), items)
     pd.testing.assert_frame_equal(load_entropy(load_params("toy")), entropy, check_dtype=False)
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 2 and "committed results.csv" in out[0] and "committed entropy.csv" in out[1]
+    assert [line.rsplit(" ", 1)[1] for line in out] == ["results.csv.", "items.parquet.", "entropy.csv."]
 
 
-@pytest.mark.parametrize("load", [load_results, load_entropy])
+@pytest.mark.parametrize("load", [load_results, load_items, load_entropy])
 def test_neither_runs_nor_tables(project, load):
     with pytest.raises(FileNotFoundError, match="make study STUDY=nowhere") as error:
         load(load_params("toy").model_copy(update={"name": "nowhere"}))
@@ -197,6 +259,15 @@ def test_broken_metrics_file(project, spoil, message):
         load_results(load_params("toy"))
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
     assert "delete that file" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"dataset": "xquad"}\n'])
+def test_broken_samples_file(project, content):
+    path = project / "runs/toy/micro-llama/zh/tft/seed1/samples.jsonl"
+    path.write_text(content)
+    with pytest.raises(ParamsError, match=r"samples\.jsonl: .*delete metrics\.json") as error:
+        load_items(load_params("toy"))
+    assert "\n" not in str(error.value)
 
 
 def test_seeds_on_different_items_are_not_averaged(project):
@@ -264,7 +335,7 @@ def test_analysis_notebooks_from_runs_and_again_from_their_own_tables(project):
     assert "xcopa" not in (folder / "table1.csv").read_text() and "xquad" not in (folder / "table2.csv").read_text()
     assert "micro-llama,dsft_logits,xquad,zh,f1,24.0,3.0,3,400,24.77" in (folder / "table1.csv").read_text()
     named = {p.stem for p in folder.iterdir()}
-    assert named == {*EVERY, "table1_against_tft", "table2_against_tft", "results", "entropy", "provenance"}
+    assert named == {*EVERY, "table1_against_tft", "table2_against_tft", "results", "items", "entropy", "provenance"}
     first = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     os.rename("runs", "elsewhere")
