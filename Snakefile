@@ -43,7 +43,7 @@ if workflow.is_main_process and not workflow.dryrun:
 wildcard_constraints:
     model="|".join(study.models),
     lang="|".join(["en", *study.languages]),
-    method="|".join(m.name for m in study.methods),
+    method="|".join(study.every_method),
     seed=r"\d+",
 
 
