@@ -339,3 +339,35 @@ def sentences(self: World, n: int, seed: int = 0) -> list[dict]:
         facts[self.facts(rng, 1, "test")[0]] = None
     return [{"id": f"sentence-{seed}-{index:05d}"} | {language: self.passage((fact,), language) for language in LANGUAGES}
             for index, fact in enumerate(facts)]
+
+# %% ../nbs/03_microcosm.ipynb #aa99eea9
+@patch
+def dictionary(self: World, language: str) -> dict[str, str]:
+    """English word -> word of `language`, for every concept of the lexicon; a word of two types counts as the first."""
+    return {row["en"]: row[language] for rows in reversed(self.concepts.values()) for row in reversed(rows)}
+
+
+@patch
+def translate(self: World, text: str, language: str) -> str | None:
+    """An English word or passage of this world in `language`; None when it is neither."""
+    if text.strip() in (words := self.dictionary(language)):
+        return words[text.strip()]
+    said = [self._translated(sentence, language) for sentence in re.split(r"(?<=[.?!])\s+", text.strip())]
+    return _BETWEEN_SENTENCES[language].join(said) if all(said) else None
+
+
+@patch
+def _translated(self: World, sentence: str, language: str) -> str | None:
+    """One statement, question, cause or effect, found by its phrasing."""
+    row_of = lambda kind, word: next((n for n, row in enumerate(self.concepts[kind]) if row["en"] == word), None)
+    for (relation, kind), wordings in self._phrasings.items():
+        for number, wording in enumerate(wordings):
+            slots = {"n": "(?P<n>.+?)", "v": "(?P<v>.+?)", "a": "an?"}
+            pattern = "".join(slots.get(part, re.escape(part)) for part in re.split(r"[{}]", wording["en", "m"]))
+            if found := re.fullmatch(pattern, sentence):
+                said = found.groupdict()
+                person = row_of("person", said["n"]) if "n" in said else 0
+                value = row_of(self.types[relation], said["v"]) if "v" in said else None
+                if person is not None and (value is not None or "v" not in said):
+                    return self.sentence(relation, kind, number, person, value, language)
+    return None
