@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCRIPT', 'MIN_RANK_CORRELATION', 'LARGE', 'COLUMNS', 'TokenizedExample', 'collate', 'read_table', 'in_language',
-           'check_language', 'row_problem', 'Dropped', 'align', 'parallel_rows', 'load_parallel', 'rows_digest',
-           'tokenize', 'training_rows', 'training_data', 'check']
+           'check_language', 'row_problem', 'Dropped', 'align', 'parallel_pairs', 'parallel_rows', 'load_parallel',
+           'rows_digest', 'tokenize', 'training_rows', 'training_data', 'check']
 
 # %% ../nbs/04_data.ipynb #bf6040e1
 import contextlib
@@ -377,27 +377,33 @@ def _drop_outliers(pairs: list, data: DataParams, shown: str, positions: dict[st
             kept.append(pair)
     return kept
 
-# %% ../nbs/04_data.ipynb #75510cd0
+# %% ../nbs/04_data.ipynb #96244860
 def _microcosm_pairs(data: DataParams, lang: str, seed: int) -> list[tuple[str, dict, dict]]:
     as_row = lambda side: {"instruction": side["query"], "input": "", "output": side["answer"]}
     return [(item["id"], as_row(item[lang]), as_row(item["en"])) for item in World().instructions(data.items or 600, seed)]
 
 
-def parallel_rows(data: DataParams, lang: str, seed: int = 0) -> tuple[Dataset, dict[str, Any]]:
-    """The parallel examples as in `load_parallel`, and the report of what was read, checked and dropped (JSON values)."""
+def parallel_pairs(data: DataParams, lang: str, seed: int = 0) -> tuple[list[tuple[str, dict, dict]], dict[str, Any]]:
+    """The parallel examples before they become prompts: (id, target row, English row), and the report of what was read, checked and dropped."""
     if data.source == "files":
         pairs, report = align(data, lang)
     else:
-        pairs, dropped = _microcosm_pairs(data, lang, seed), []
-        report = {"tables": {}, "join": "parallel by construction", "examples": len(pairs), "dropped": dropped}
+        pairs = _microcosm_pairs(data, lang, seed)
+        report = {"tables": {}, "join": "parallel by construction", "examples": len(pairs), "dropped": []}
+    return pairs[: data.items], {"source": data.source, "lang": lang} | report
+
+
+def parallel_rows(data: DataParams, lang: str, seed: int = 0) -> tuple[Dataset, dict[str, Any]]:
+    """The parallel examples as in `load_parallel`, and the report of what was read, checked and dropped (JSON values)."""
+    pairs, report = parallel_pairs(data, lang, seed)
     prompt = TEMPLATES[data.template].prompt
     rows = []
-    for key, target, english in pairs[: data.items]:
+    for key, target, english in pairs:
         row = {"id": key}
         for suffix, side in (("tgt", target), ("en", english)):
             row |= {f"x_{suffix}": prompt(side["instruction"], side["input"] or ""), f"y_{suffix}": side["output"]}
         rows.append(row)
-    return Dataset.from_list(rows), {"source": data.source, "lang": lang} | report
+    return Dataset.from_list(rows), report
 
 
 def load_parallel(data: DataParams, lang: str, seed: int = 0) -> Dataset:
@@ -482,14 +488,19 @@ def tokenize(
     print(f"{(~fits).sum()} of {len(fits)} examples dropped: the prompt alone fills {max_length} tokens", file=sys.stderr)
     return encoded.select(fits.nonzero()[0])
 
-# %% ../nbs/04_data.ipynb #86ee178d
+# %% ../nbs/04_data.ipynb #4ca94a20
 COLUMNS = ("id", "x_tgt", "y_tgt", "x_en", "y_en")
 
 
 def training_rows(run: Run) -> tuple[Dataset, dict[str, Any]]:
     """The text rows that a run trains on, as in `load_parallel`, and the report on them."""
     if run.mix_file is None:
-        return parallel_rows(run.study.data, run.training_lang, run.seed)
+        rows, report = parallel_rows(run.study.data, run.training_lang, run.seed)
+        rows = rows.select(range(min(run.method.items or len(rows), len(rows))))
+        if run.method.trains_on == "both":
+            english = [row | {"id": f"{row['id']}-en", "x_tgt": row["x_en"], "y_tgt": row["y_en"]} for row in rows]
+            rows = Dataset.from_list([*rows, *english])
+        return rows, report
     if not run.mix_file.exists():
         remedy = f"papermill nbs/experiments/distill.ipynb out.ipynb -p study {run.study.name} -p model {run.model} -p lang {run.lang} -p method {run.method.name} -p seed {run.seed}"
         raise ParamsError(f"{run.mix_file}: the training mix is not there; make it with: {remedy}")

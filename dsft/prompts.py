@@ -8,20 +8,29 @@ __all__ = ['TEMPLATES', 'Template']
 # %% ../nbs/02_prompts.ipynb #3968670f
 from typing import NamedTuple
 
-# %% ../nbs/02_prompts.ipynb #eebdd2bc
+# %% ../nbs/02_prompts.ipynb #e1169814
 class Template(NamedTuple):
-    """A prompt format: two `str.format` patterns over `instruction` and `input`, and the text at which generation stops."""
+    """A prompt format: two `str.format` patterns over `instruction` and `input`, the text at which generation stops, and two tasks on a sentence.
+
+    A task is a pair of patterns over `language`, an English name, and `text`: what becomes the instruction and what the input.
+    """
 
     without_input: str
     with_input: str
     stop: str
+    translate: tuple[str, str] = ("Translate the following sentence into {language}.", "{text}")
+    complete: tuple[str, str] = ("Complete the following sentence in {language}.", "{text}")
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """The prompt x for one query; `input` may be empty."""
         pattern = self.with_input if input else self.without_input
         return pattern.format(instruction=instruction, input=input)
 
-# %% ../nbs/02_prompts.ipynb #9a4ee3c0
+    def task(self, task: tuple[str, str], language: str, text: str) -> str:
+        """The prompt x that sets one of the two tasks on a sentence."""
+        return self.prompt(*(pattern.format(language=language, text=text) for pattern in task))
+
+# %% ../nbs/02_prompts.ipynb #63527d12
 TEMPLATES = {
     "alpaca": Template(
         without_input=(
@@ -35,5 +44,11 @@ TEMPLATES = {
         ),
         stop="###",
     ),
-    "plain": Template(without_input="{instruction}\n", with_input="{instruction}\n{input}\n", stop="\n"),
+    "plain": Template(
+        without_input="{instruction}\n",
+        with_input="{instruction}\n{input}\n",
+        stop="\n",
+        translate=("{text} =", ""),
+        complete=("{text}", ""),
+    ),
 }
