@@ -73,6 +73,12 @@ def trained(w):
     return [os.path.relpath(run.trained)] if run.method.trains_on else base_folder(w.model)
 
 
+def benchmark_files():
+    """The files of the benchmarks, where the study takes them from a folder."""
+    names = study.evaluation.benchmarks if study.evaluation.data_dir else ()
+    return sorted(str(p) for name in names for p in (Path(study.evaluation.data_dir) / name).glob("*") if p.is_file())
+
+
 def layers(w):
     """The file of the critical layers, for a method that supervises any."""
     run = trainings[tuple(w)]
@@ -140,8 +146,9 @@ rule evaluate:
     input:
         model=trained,
         notebook="nbs/experiments/evaluate.ipynb",
-        code=library("prompts", "microcosm", "metrics", "tasks"),
+        code=library("prompts", "microcosm", "metrics", "benchmark_data", "tasks"),
         tasks=sorted(str(p) for p in Path("dsft/benchmarks").glob("*.yaml")),
+        data=benchmark_files(),
     output:
         f"{RUN}/metrics.json",
         f"{RUN}/samples.jsonl",
