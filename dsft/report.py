@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['REMEDY', 'RESULT_COLUMNS', 'ITEM_COLUMNS', 'ENTROPY_COLUMNS', 'TABLE_COLUMNS', 'CELL', 'QA', 'NLU', 'TRANSLATION',
-           'DATASETS', 'LANGUAGES', 'METRICS', 'DRAWS', 'COMPARISON_COLUMNS', 'BASELINES', 'Score', 'Metrics',
-           'LayerEntropy', 'load_results', 'load_items', 'load_entropy', 'method_name', 'in_order', 'published_numbers',
-           'summarise', 'bootstrap', 'holm', 'compare', 'verdict', 'markdown_table', 'paper_layout', 'caption',
-           'write_items', 'write_csv', 'write_table', 'paper_table', 'figure_style', 'save_figure', 'write_provenance',
-           'headline']
+           'DATASETS', 'LANGUAGES', 'METRICS', 'DRAWS', 'COMPARISON_COLUMNS', 'BASELINES', 'MAIN_METRICS', 'Score',
+           'Metrics', 'LayerEntropy', 'load_results', 'load_items', 'load_entropy', 'method_name', 'in_order',
+           'published_numbers', 'summarise', 'bootstrap', 'holm', 'compare', 'verdict', 'markdown_table',
+           'paper_layout', 'caption', 'write_items', 'write_csv', 'write_table', 'on_target', 'paper_table',
+           'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'contrast', 'figure_style', 'save_figure',
+           'write_provenance', 'headline']
 
 # %% ../nbs/11_report.ipynb #6546f64e
 import hashlib
@@ -394,21 +395,28 @@ def write_table(table: pd.DataFrame, folder: str | Path, name: str, text: str | 
     with replacing(Path(folder) / f"{name}.md") as temporary:
         temporary.write_text((text or markdown_table(table)) + "\n", encoding="utf-8")
 
-# %% ../nbs/11_report.ipynb #4730286f
+# %% ../nbs/11_report.ipynb #c09edd89
+def on_target(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `load_results` or `load_items` that were asked in the target language of the run, or translate from or into it."""
+    pairs = table[["lang", "target"]].drop_duplicates()
+    asked = {(lang, target) for lang, target in pairs.itertuples(index=False) if target in lang.split("-")}
+    return table[[pair in asked for pair in zip(table["lang"], table["target"])]]
+
+# %% ../nbs/11_report.ipynb #0d6e542a
 BASELINES = ("tft", "tft_compute", "tft_en")
 
 
 def paper_table(
-    study: Study, name: str, datasets: Sequence[str], methods: Sequence[str] | None = None, langs: Sequence[str] | None = None
+    study: Study, name: str, datasets: Sequence[str], methods: Sequence[str] | None = None, targets: Sequence[str] | None = None
 ) -> tuple[str, pd.DataFrame]:
     """Write <name>.csv and .md and <name>_against_tft.csv and .md to figures/<study>/; returns the text (Markdown) and the comparison.
 
-    Of the scores in the language a run was trained for: those of `datasets`, and of `methods` and `langs` if they are given. Where the
+    Of the scores in the language a run was trained for: those of `datasets`, and of `methods` and `targets` if they are given. Where the
     study also asks with other prompts, their table stands below, and in <name>_<prompt>.csv.
     """
     def chosen(table: pd.DataFrame) -> pd.DataFrame:
-        table = table[(table["lang"] == table["target"]) & table["dataset"].isin(datasets)]
-        return table[table["method"].isin(methods or table["method"]) & table["lang"].isin(langs or table["lang"])]
+        table = on_target(table[table["dataset"].isin(datasets)])
+        return table[table["method"].isin(methods or table["method"]) & table["target"].isin(targets or table["target"])]
 
     summary, comparison = summarise(chosen(load_results(study)), study.published_as), compare(chosen(load_items(study)), BASELINES)
     text = paper_layout(summary, comparison) + "\n\n" + caption(summary, study.published_as, comparison)
@@ -421,6 +429,53 @@ def paper_table(
     write_table(summary[TABLE_COLUMNS], study.figures_folder(), name, text)
     write_table(comparison, study.figures_folder(), f"{name}_against_tft")
     return text, comparison
+
+# %% ../nbs/11_report.ipynb #ab508d6a
+MAIN_METRICS = ("f1", "acc", "mc1")  # the one that each benchmark of Tables 1 and 2 is reported by
+
+
+def mean_over_benchmarks(results: pd.DataFrame) -> pd.DataFrame:
+    """One row a run - model, target, method, seed, value: the mean over benchmarks in percent - of the rows given."""
+    main = results[results["dataset"].isin(QA | NLU) & results["metric"].isin(MAIN_METRICS)]
+    return main.groupby(["model", "target", "method", "seed"], as_index=False, sort=False)["value"].mean()
+
+
+def layer_sweep(results: pd.DataFrame, stem: str) -> pd.DataFrame:
+    """Runs of the methods `<stem>_<kind>_at<layers>`: model, target, method (<stem>_<kind>), layers (a tuple), seed, value as above."""
+    runs = mean_over_benchmarks(results)
+    parts = runs["method"].str.extract(rf"^({stem}_(?:logits|feature))_at(\d+(?:_\d+)?)$")
+    runs = runs.assign(method=parts[0], layers=parts[1].str.split("_")).dropna(subset="method")
+    runs["layers"] = [tuple(map(int, layers)) for layers in runs["layers"]]
+    return runs[["model", "target", "method", "layers", "seed", "value"]].reset_index(drop=True)
+
+
+def data_sizes(results: pd.DataFrame, full: int | None) -> pd.DataFrame:
+    """Runs of methods that are there on several amounts of data: model, target, method, items, seed, value as above; `full` is the study's."""
+    runs = mean_over_benchmarks(results)
+    parts = runs["method"].str.extract(r"^(\w+?)(?:_n(\d+))?$")
+    runs = runs.assign(method=parts[0], items=parts[1].astype(float).fillna(full or np.nan)).dropna(subset="items")
+    several = runs.groupby(["model", "target", "method"])["items"].transform("nunique") > 1
+    return runs[several].astype({"items": int})[["model", "target", "method", "items", "seed", "value"]].reset_index(drop=True)
+
+# %% ../nbs/11_report.ipynb #e2785ca6
+def contrast(items: pd.DataFrame, weights: dict[tuple, float]) -> np.ndarray | None:
+    """The matrix [S seeds, N items] whose mean is Σ weight · mean score, for `bootstrap`; None when a cell was not run.
+
+    `weights` maps cells (model, target, method, dataset, lang) to their weights; cells of one benchmark, language and model are paired
+    by item. Only seeds that every cell has are taken.
+    """
+    names = ["model", "target", "method", "dataset", "lang"]
+    scores = {cell: rows.pivot(index="seed", columns="id", values="value") for cell, rows in items.groupby(names, observed=True) if cell in weights}
+    if scores.keys() != weights.keys():
+        return None
+    seeds = sorted(set.intersection(*(set(rows.index) for rows in scores.values())))
+    blocks: dict[tuple, pd.DataFrame] = {}
+    for (model, target, method, dataset, lang), rows in scores.items():
+        part = weights[model, target, method, dataset, lang] * rows.loc[seeds]
+        benchmark = (model, target, dataset, lang)
+        blocks[benchmark] = blocks[benchmark] + part if benchmark in blocks else part
+    total = sum(block.shape[1] for block in blocks.values())
+    return np.concatenate([total / block.shape[1] * block.to_numpy() for block in blocks.values()], axis=1)
 
 # %% ../nbs/11_report.ipynb #839b6fde
 def figure_style() -> None:
