@@ -48,6 +48,11 @@ readme: .venv/installed
 bases: .venv/installed
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-llama.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro -p model micro-llama
 
-bench: .venv/installed
+# TRL is needed here only, to compare with.
+.venv/bench: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+bench: .venv/bench
 	@mkdir -p runs
 	papermill nbs/benchmarks/step_cost.ipynb runs/step_cost.ipynb -f params/benchmarks/step_cost.yaml --no-progress-bar --stderr-file /dev/stderr

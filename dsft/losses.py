@@ -255,17 +255,18 @@ def choose_path(backbone: Backbone, supervisions: Sequence[Supervision], path: L
         raise ValueError(f"path 'one_pass' is not possible: {obstacle}; use 'auto' or 'truncated'")
     return path, "as asked"
 
-# %% ../nbs/06_losses.ipynb #609ed4a3
+# %% ../nbs/06_losses.ipynb #c22e2211
 @cache
-def _say(message: str) -> None:
-    logger.info(message)
+def _say_once(level: int, message: str) -> None:
+    logger.log(level, message)
 
 
 def _loss_sums(batch: dict[str, Tensor], *, backbone: Backbone, supervisions: Sequence[Supervision], path: LossPath) -> Tensor:
     losses = (None, *supervisions)
-    path, why = choose_path(backbone, supervisions, path)
-    _say(f"{backbone}: path {path} ({why})")
-    runs = _target_runs(backbone, batch, supervisions, path)
+    taken, why = choose_path(backbone, supervisions, path)
+    fell_back = path == "auto" and taken != "one_pass"
+    _say_once(logging.WARNING if fell_back else logging.INFO, f"{backbone}: path {taken} ({why})")
+    runs = _target_runs(backbone, batch, supervisions, taken)
     english = _english_run(backbone, batch, supervisions)
     jobs = {n: _head_job(backbone, batch, s, *runs[n]) for n, s in enumerate(losses) if s is None or s.kind == "logits"}
     nlls = dict(zip(jobs, _run_head(backbone, list(jobs.values()))))
@@ -304,7 +305,7 @@ def dsft_loss(model, batch: dict[str, Tensor], supervisions: Sequence[Supervisio
     of theirs, unweighted, one with none 0. A weight of 0 is as good as absence.
 
     All paths give the same: "naive" runs a full forward pass for each loss, "truncated" only the layers that each needs,
-    "one_pass" the branches of x_tgt together; "auto" takes one_pass where the model allows it, otherwise truncated, and logs why.
+    "one_pass" the branches of x_tgt together; "auto" takes one_pass where the model allows it, otherwise truncated, and warns why.
     Raises `UnsupportedArchitecture` for a model that no path can serve and `ValueError` for a layer outside 1..L or a path that
     is not possible.
     """

@@ -6,7 +6,7 @@
 __all__ = ['LOSSES', 'PlainProgress', 'DSFTTrainer', 'last_complete_checkpoint', 'training_arguments', 'fine_tune', 'keep',
            'train']
 
-# %% ../nbs/07_trainer.ipynb #1084f1c0
+# %% ../nbs/07_trainer.ipynb #0d2671dd
 import json
 import os
 import re
@@ -28,10 +28,10 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
 from .backbone import find_backbone
-from .data import TokenizedExample, collate, load_parallel, rows_digest, tokenize
+from .data import TokenizedExample, collate, rows_digest, training_data, training_rows
 from .losses import LossPath, active, combine, loss_counts, loss_sums
 from .methods import Supervision
-from .params import ParamsError, Run, digest, load_params, provenance, replacing, write_jsonl
+from .params import ParamsError, Run, digest, from_hub, load_params, provenance, replacing, write_jsonl
 
 LOSSES = ("tft", "lc", "et")
 
@@ -198,7 +198,7 @@ def last_complete_checkpoint(directory: str | Path) -> str | None:
         return str(folder)
     return None
 
-# %% ../nbs/07_trainer.ipynb #4c8d704d
+# %% ../nbs/07_trainer.ipynb #d392a828
 def training_arguments(run: Run) -> TrainingArguments:
     """The study's recipe for this run. The batch is divided over the processes of this launch, the rest is accumulated.
 
@@ -235,9 +235,11 @@ def training_arguments(run: Run) -> TrainingArguments:
 def fine_tune(run: Run) -> DSFTTrainer:
     """Train one run, from its last complete checkpoint if there is one; returns the trainer after training, nothing saved yet."""
     recipe = run.study.train
+    arguments = training_arguments(run)  # joins the other processes: only then does FSDP let the first one alone read the weights
     set_seed(run.seed)
-    tokenizer = AutoTokenizer.from_pretrained(run.base)
-    model = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
+    with from_hub(run.base, "model", f"models.{run.model}.path"):
+        tokenizer = AutoTokenizer.from_pretrained(run.base)
+        model = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
     if recipe.lora:
         from peft import LoraConfig, get_peft_model  # an optional dependency
 
@@ -245,9 +247,9 @@ def fine_tune(run: Run) -> DSFTTrainer:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **low_rank))
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    examples = tokenize(load_parallel(run.study.data, run.training_lang, run.seed), tokenizer, run.study.data.max_length)
+    _, examples = training_data(run, tokenizer)
     trainer = DSFTTrainer(
-        model, training_arguments(run), run.supervisions, recipe.loss_path, train_dataset=examples, processing_class=tokenizer
+        model, arguments, run.supervisions, recipe.loss_path, train_dataset=examples, processing_class=tokenizer
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(run.checkpoints))
     return trainer
@@ -262,7 +264,7 @@ def keep(run: Run, trainer: DSFTTrainer, started: float, command: str) -> None:
         return trainer.export(run.trained)
     with replacing(run.trained) as folder:
         trainer.export(folder)
-        rows = load_parallel(run.study.data, run.training_lang, run.seed)
+        rows, _ = training_rows(run)
         origin = provenance(command, started, data_sha256=rows_digest(rows), base_sha256=digest(run.base))
         (folder / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     write_jsonl(run.training_folder / "train_log.jsonl", [entry for entry in trainer.state.log_history if "loss" in entry])
