@@ -9,7 +9,7 @@ __all__ = ['PositiveInt', 'Rate', 'Share', 'Language', 'Combination', 'Benchmark
            'num_hidden_layers', 'from_hub', 'replacing', 'write_json', 'write_jsonl', 'digest', 'provenance', 'require',
            'exclusive']
 
-# %% ../nbs/01_params.ipynb #2e2ce470
+# %% ../nbs/01_params.ipynb #0e435010
 import hashlib
 import json
 import os
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -252,7 +252,7 @@ class Layers(Part):
             raise ValueError(f"layer i = {self.i} must lie below layer j = {self.j}")
         return self
 
-# %% ../nbs/01_params.ipynb #400e7fc2
+# %% ../nbs/01_params.ipynb #442d5cdb
 def _method(value: Any) -> Any:
     return named(value) if isinstance(value, str) else value
 
@@ -339,8 +339,10 @@ class Study(Part):
         return str(local) if params.pretrain or local.exists() else params.path
 
     def run(self, model: str, lang: str, method: str, seed: int) -> "Run":
-        """One run of the study. Raises `ParamsError` when the study has no such model, language, method or seed."""
+        """One run of the study, or by hand of another method by name. Raises `ParamsError` for an unknown model, language, method or seed."""
         methods = self.every_method
+        with suppress(ValueError):
+            methods = methods if method in methods else methods | {method: named(method)}
         for field, value, known in (("model", model, self.models), ("lang", lang, self.languages), ("method", method, methods)):
             if value not in known:
                 raise ParamsError(f"parameter {field} = {value!r}: not in study {self.name}; it has {', '.join(known)}")
@@ -440,7 +442,7 @@ class Run:
             used = self.inputs | self.key | self.study.model_dump(mode="json", include={"evaluation"})
             temporary.write_text(yaml.safe_dump(used, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-# %% ../nbs/01_params.ipynb #7736bdbb
+# %% ../nbs/01_params.ipynb #dbee7287
 def _one_line(error: ValidationError, file: str) -> str:
     """The first of pydantic's complaints as `file: field = value: what is wrong`; of the branches of a union the structured one."""
     first, *rest = sorted(error.errors(), key=lambda e: e["type"] == "literal_error")
@@ -481,6 +483,8 @@ def load_params(study: str | Path) -> Study:
         raise ParamsError(_one_line(error, shown)) from None
     if loaded.name != path.stem:
         raise ParamsError(f"{shown}: name = {loaded.name!r}: must be the file's name, {path.stem!r}; leave it out")
+    if loaded.train.launch and not (project_root() / loaded.train.launch).is_file():
+        raise ParamsError(f"{shown}: train.launch = {loaded.train.launch!r}: no such file; give an accelerate config file")
     _check_layers(loaded, shown)
     return loaded
 
