@@ -1,6 +1,7 @@
 """The graph of a study: which notebook makes which file.
 
     base model -> critical layers -> one training a model, language, method and seed -> its evaluation -> tables and figures
+                  (or the method's own training mix)
 
 Run it with `make study`, look at it with `make study-plan`; on a cluster add a Snakemake profile, for example
 `snakemake --config study=llama2-7b --executor slurm --jobs 24`.
@@ -54,6 +55,12 @@ def notebook(name, **parameters):
 
 
 SEED = " -p seed {wildcards.seed}"
+TRAIN = notebook("train", study=STUDY, model="{wildcards.model}", lang="{params.lang}", method="{wildcards.method}") + SEED
+if study.train.launch:  # on several processes: the same training without its notebook
+    TRAIN = (
+        f"set -o pipefail; accelerate launch --config_file {study.train.launch} -m dsft.trainer {STUDY} --model {{wildcards.model}}"
+        " --lang {params.lang} --method {wildcards.method} --seed {wildcards.seed} 2>&1 | tee {log}"
+    )
 
 
 def library(*modules):
@@ -83,6 +90,12 @@ def layers(w):
     """The file of the critical layers, for a method that supervises any."""
     run = trainings[tuple(w)]
     return [os.path.relpath(run.layers_file)] if run.method.supervisions else []
+
+
+def mix(w):
+    """The file of the examples that a method makes for itself."""
+    run = trainings[tuple(w)]
+    return [os.path.relpath(run.mix_file)] if run.mix_file else []
 
 
 rule all:
@@ -124,34 +137,52 @@ rule select_layers:
         notebook("select_layers", study=STUDY, model="{wildcards.model}", lang="{wildcards.lang}")
 
 
+rule distill:
+    input:
+        base=lambda w: base_folder(w.model),
+        notebook="nbs/experiments/distill.ipynb",
+        code=library("prompts", "microcosm", "data", "sdrrl"),
+    output:
+        f"{RUN}/sdrrl.jsonl",
+        f"{RUN}/sdrrl_report.json",
+    log:
+        f"{RUN}/distill.ipynb",
+    params:
+        spec=study.model_dump(mode="json", include={"data", "sdrrl"}),
+    shell:
+        notebook("distill", study=STUDY, model="{wildcards.model}", lang="{wildcards.lang}", method="{wildcards.method}") + SEED
+
+
 rule train:
     input:
         base=lambda w: base_folder(w.model),
         layers=layers,
+        mix=mix,
         notebook="nbs/experiments/train.ipynb",
         code=library("methods", "prompts", "microcosm", "data", "backbone", "losses", "trainer"),
     output:
         directory(f"{RUN}/model"),
         f"{RUN}/train_log.jsonl",
     log:
-        f"{RUN}/train.ipynb",
+        f"{RUN}/train.{'log' if study.train.launch else 'ipynb'}",
     params:
         spec=lambda w: trainings[tuple(w)].inputs,
         lang=lambda w: trainings[tuple(w)].lang,
     shell:
-        notebook("train", study=STUDY, model="{wildcards.model}", lang="{params.lang}", method="{wildcards.method}") + SEED
+        TRAIN
 
 
 rule evaluate:
     input:
         model=trained,
         notebook="nbs/experiments/evaluate.ipynb",
-        code=library("prompts", "microcosm", "metrics", "benchmark_data", "tasks"),
+        code=library("prompts", "microcosm", "backbone", "selection", "metrics", "benchmark_data", "tasks", "inside"),
         tasks=sorted(str(p) for p in Path("dsft/benchmarks").glob("*.yaml")),
         data=benchmark_files(),
     output:
         f"{RUN}/metrics.json",
         f"{RUN}/samples.jsonl",
+        f"{RUN}/inside.json",
         f"{RUN}/provenance.json",
     log:
         f"{RUN}/evaluate.ipynb",
