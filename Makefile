@@ -29,7 +29,7 @@ study: .venv/installed
 	@dsft_headline $(STUDY)
 
 study-plan: .venv/installed
-	@dsft_check $(STUDY)
+	@dsft_check $(STUDY) --plan
 	@$(SNAKEMAKE) --cores $(CORES) --dry-run --quiet host
 
 test: .venv/installed

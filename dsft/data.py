@@ -250,7 +250,7 @@ def row_problem(row: dict[str, Any], lang: str, data: DataParams) -> str:
         return f"not a letter of {lang}"
     return ""
 
-# %% ../nbs/04_data.ipynb #01b54e91
+# %% ../nbs/04_data.ipynb #74d6946f
 MIN_RANK_CORRELATION = 0.4  # of the lengths of parallel questions; judged from 30 examples on
 
 
@@ -303,23 +303,24 @@ def align(data: DataParams, lang: str) -> tuple[list[tuple[str, dict, dict]], di
     language, not parallel, or have more than `data.max_dropped` unusable rows.
     """
     names = [lang] if lang == "en" else [lang, "en"]
+    given = {name: data.files[lang if data.files[lang].format == "taco" else name] for name in names}
     tables, report, dropped = {}, {"tables": {}}, Dropped()
     for name in names:
-        rows, notes = read_table(data.files[name], name)
+        rows, notes = read_table(given[name], name)
         texts = [f"{row['instruction']} {row['input'] or ''} {row['output']}" for row in rows]
         looked, wrong = check_language(texts, name) if data.check_language else ("not checked: data.check_language is false", "")
         if wrong:
             remedy = "give the right file, or set data.check_language: false"
-            raise ParamsError(f"{data.files[name].shown}: given as data.files.{name}, but {wrong}; {remedy}")
+            raise ParamsError(f"{given[name].shown}: given as data.files.{name}, but {wrong}; {remedy}")
         tables[name] = rows
-        report["tables"][name] = {"table": data.files[name].shown, "rows": len(rows), "language": looked, "notes": notes}
+        report["tables"][name] = {"table": given[name].shown, "rows": len(rows), "language": looked, "notes": notes}
 
-    shown = {name: data.files[name].shown for name in names}
+    shown = {name: given[name].shown for name in names}
     with_ids = {name: _has_ids(rows) for name, rows in tables.items()}
     by_id = data.join == "id" or (data.join == "auto" and all(with_ids.values()))
     if data.join == "id" and not all(with_ids.values()):
         without = next(name for name in names if not with_ids[name])
-        raise ParamsError(f"{shown[without]}: no row has an id ({data.files[without].fields.id!r}), but data.join = 'id'; set fields.id, or data.join: position")
+        raise ParamsError(f"{shown[without]}: no row has an id ({given[without].fields.id!r}), but data.join = 'id'; set fields.id, or data.join: position")
     if not by_id and len({len(rows) for rows in tables.values()}) > 1:
         lengths = " and ".join(str(len(tables[name])) for name in names)
         remedy = "joined by position they must have the same length; give both ids, or the files that belong together"
@@ -524,7 +525,7 @@ def training_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset
         raise ParamsError(f"{what}, more than data.max_dropped = {limit:g}; raise one of the two")
     return rows, examples
 
-# %% ../nbs/04_data.ipynb #1b35be43
+# %% ../nbs/04_data.ipynb #d956e7b5
 @call_parse
 def check(
     study: str,  # the name of a study in params/, or the path of a YAML file
@@ -534,8 +535,17 @@ def check(
     try:
         loaded = load_params(study)
         files = {lang: table for lang, table in loaded.data.files.items() if table.path}
-        absent = [table.path for table in files.values() if not (project_root() / table.path).is_file()]
-        for lang in loaded.languages if files and not (plan and absent) else ():
+        needed = {f"data.files.{lang}": table.path for lang, table in files.items()}
+        if loaded.data.source == "files" and any(m.data == "sdrrl" for m in loaded.every_method.values()):
+            mix = loaded.sdrrl
+            needed |= {f"sdrrl.dictionaries.{lang}": path for lang, path in mix.dictionaries.items() if mix.code_switch}
+            needed |= {f"sdrrl.translations.{lang}": path for lang, path in mix.translations.items()}
+            needed |= {f"sdrrl.sentences.{lang}.{n}": path for lang, paths in mix.sentences.items() for n, path in enumerate(paths)}
+        absent = {field: path for field, path in needed.items() if not (project_root() / path).is_file()}
+        if absent and not plan:
+            field, path = next(iter(absent.items()))
+            raise ParamsError(f"{field} = {path!r}: no such file; paths are relative to the project's root")
+        for lang in loaded.languages if files and not absent else ():
             if {"en", lang} <= files.keys():
                 parallel_rows(loaded.data, lang)
             elif lang in files:
@@ -545,4 +555,4 @@ def check(
     runs = len(loaded.all_runs())
     print(f"study {loaded.name}: {len(loaded.models)} models, languages {' '.join(loaded.languages)}, {len(loaded.methods)} methods, {runs} runs")
     if absent:
-        print(f"to be fetched before it can run: {' '.join(absent)}")
+        print(f"to be fetched before it can run: {' '.join(sorted(set(absent.values())))}")

@@ -85,7 +85,7 @@ class ModelParams(Part):
             raise ValueError("give `path` (a folder or a name on the hub) or `pretrain`")
         return self
 
-# %% ../nbs/01_params.ipynb #6afdbdbc
+# %% ../nbs/01_params.ipynb #fc325b47
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}([-_][A-Za-z0-9]+)*$")]  # zh, vi, ckb, zh-Hant, zho_Hans
 
 
@@ -106,7 +106,7 @@ class Table(Part):
     name: str | None = None  # hub: its configuration, often the language
     split: str = "train"  # hub: its split
     revision: str | None = None  # hub: its version
-    format: Literal["alpaca", "taco"] = "alpaca"  # taco: `output` holds the English instruction and answer before its own
+    format: Literal["alpaca", "taco"] = "alpaca"  # taco: a row's `output` holds its English instruction and answer before its own
     fields: Fields = Fields()
 
     @model_validator(mode="after")
@@ -162,7 +162,7 @@ class SDRRLParams(Part):
     translation: Share = 0.1  # translation tasks, as a share of the parallel examples
     completion: Share = 0.1  # completion tasks, likewise
     dictionaries: dict[Language, str] = {}  # target language -> file with an English and a target word a line; the microcosm has its own
-    sentences: dict[Language, tuple[str, str]] = {}  # target language -> two text files, English and target, aligned by line; likewise
+    sentences: dict[Language, tuple[str, str]] = {}  # target language -> two text files, English and target, aligned by line; default: the questions
     translations: dict[Language, str] = {}  # target language -> JSON Lines file with "en" and "translation" of answers, looked up first
     translator: str | None = None  # translation model (a folder or a name on the hub); {lang} stands for the target language
     translator_codes: dict[str, str] = {}  # language -> the translator's own code for it, where it wants one (NLLB: {en: eng_Latn, zh: zho_Hans})

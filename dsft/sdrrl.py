@@ -177,32 +177,29 @@ def translator(run: Run) -> Callable[[list[str]], list[str]]:
 
     return translate_once
 
-# %% ../nbs/12_sdrrl.ipynb #9351b688
+# %% ../nbs/12_sdrrl.ipynb #ddb99042
 class Resources(NamedTuple):
     """What the mix needs besides the examples, in the run's language."""
 
     dictionary: dict[str, str]  # English word -> target word
-    sentences: list[tuple[str, str]]  # parallel sentences, English and target
+    sentences: list[tuple[str, str]] | None  # parallel sentences, English and target; None: the questions of the examples
     translate: Callable[[list[str]], list[str | None]]  # English answers -> translations, None where there is none
 
 
-def resources(run: Run, count: int) -> Resources:
-    """Dictionary, at least `count` parallel sentences and translations for a run; raises `ParamsError`, one line, for what is missing."""
+def resources(run: Run) -> Resources:
+    """Dictionary, parallel sentences and translations for a run; raises `ParamsError`, one line, for what is missing."""
     params, lang = run.study.sdrrl, run.lang
     known = _read_translations(params.translations[lang], lang) if lang in params.translations else {}
+    sentences = _aligned_sentences(params.sentences[lang], lang) if lang in params.sentences else None
     if run.study.data.source == "microcosm":
         world = World()
         dictionary = {word.lower(): said for word, said in world.dictionary(lang).items()}
-        items = world.instructions(count, run.seed + 1_000_000)  # questions that are nobody's training examples
-        return Resources(dictionary, [(i["en"]["query"], i[lang]["query"]) for i in items], lambda texts: [known.get(t) or world.translate(t, lang) for t in texts])
+        return Resources(dictionary, sentences, lambda texts: [known.get(t) or world.translate(t, lang) for t in texts])
     if params.code_switch and lang not in params.dictionaries:
         raise ParamsError(f"sdrrl.dictionaries: none for {lang}; give a file with an English and a target word a line, or set sdrrl.code_switch: 0")
-    if count and lang not in params.sentences:
-        raise ParamsError(f"sdrrl.sentences: none for {lang}; give two aligned text files, or set sdrrl.translation and sdrrl.completion to 0")
     if not (params.translator or known):
         raise ParamsError("sdrrl.translator: none, but the model's own answers must be translated; name a translation model, or give sdrrl.translations")
     dictionary = read_dictionary(params.dictionaries[lang], f"sdrrl.dictionaries.{lang}") if params.code_switch else {}
-    sentences = _aligned_sentences(params.sentences[lang], lang, count) if count else []
     more = translator(run) if params.translator else lambda texts: [None] * len(texts)
 
     def translate(texts: list[str]) -> list[str | None]:
@@ -213,7 +210,7 @@ def resources(run: Run, count: int) -> Resources:
     return Resources(dictionary, sentences, translate)
 
 
-def _aligned_sentences(paths: tuple[str, str], lang: str, count: int) -> list[tuple[str, str]]:
+def _aligned_sentences(paths: tuple[str, str], lang: str) -> list[tuple[str, str]]:
     field, sides = f"sdrrl.sentences.{lang}", []
     for path in paths:
         if not (project_root() / path).is_file():
@@ -221,10 +218,7 @@ def _aligned_sentences(paths: tuple[str, str], lang: str, count: int) -> list[tu
         sides.append(_text_lines(project_root() / path, field))
     if len(sides[0]) != len(sides[1]):
         raise ParamsError(f"{field}: {paths[0]} has {len(sides[0])} lines and {paths[1]} {len(sides[1])}; they must be aligned by line")
-    pairs = [(en.strip(), tgt.strip()) for en, tgt in zip(*sides) if en.strip() and tgt.strip()]
-    if len(pairs) < count:
-        raise ParamsError(f"{field}: {len(pairs)} sentence pairs, but {count} are needed; give more, or lower sdrrl.translation and sdrrl.completion")
-    return pairs
+    return [(en.strip(), tgt.strip()) for en, tgt in zip(*sides) if en.strip() and tgt.strip()]
 
 # %% ../nbs/12_sdrrl.ipynb #b74a351b
 def chosen_answers(
@@ -249,7 +243,7 @@ def chosen_answers(
     }
     return answers, counts
 
-# %% ../nbs/12_sdrrl.ipynb #4f942179
+# %% ../nbs/12_sdrrl.ipynb #cf7b5d06
 def _completion(sentence: str, lang: str, rng: random.Random) -> tuple[str, str] | None:
     """A sentence cut between two words (characters, where none are seen) somewhere in its middle half; None when it is too short."""
     pieces = list(sentence) if SCRIPT.get(lang) in _UNSPACED else regex.findall(r"\S+\s*", sentence)
@@ -264,10 +258,11 @@ def _task_rows(run: Run, sentences: list[tuple[str, str]], translations: int, co
     template, langs = TEMPLATES[run.study.data.template], ("en", run.lang)
     named = [LANGUAGES.get(lang.replace("_", "-").split("-")[0], lang).title() for lang in langs]
     rows = []
+    sentences = sorted(sentences, key=lambda pair: rng.random())
     for n, pair in enumerate(sentences[:translations]):
         source, target = n % 2, 1 - n % 2
         rows.append((f"{langs[source]}-{langs[target]}", template.task(template.translate, named[target], pair[source]), pair[target], "translation"))
-    for n, pair in enumerate(sentences[translations:]):
+    for n, pair in enumerate(reversed(sentences)):
         if len(rows) < translations + completions and (halves := _completion(pair[n % 2], langs[n % 2], rng)):
             rows.append((langs[n % 2], template.task(template.complete, named[n % 2], halves[0]), halves[1], "completion"))
     return [{"id": f"{task}-{n}", "task": task, "languages": what, "x_tgt": x, "y_tgt": y, "x_en": x, "y_en": y} for n, (what, x, y, task) in enumerate(rows)]
@@ -281,7 +276,10 @@ def training_mix(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     study, params = run.study, run.study.sdrrl
     pairs, _ = parallel_pairs(study.data, run.lang, run.seed)
     translations, completions = (round(share * len(pairs)) for share in (params.translation, params.completion))
-    dictionary, sentences, translate = resources(run, translations + completions)
+    dictionary, sentences, translate = resources(run)
+    if sentences is not None and len(sentences) < max(translations, completions):
+        what = f"sdrrl.sentences.{run.lang}: {len(sentences)} pairs, but {max(translations, completions)} are needed"
+        raise ParamsError(f"{what}; give more, or lower sdrrl.translation and sdrrl.completion")
     prompt = TEMPLATES[study.data.template].prompt
 
     own = own_answers(run, model, tokenizer, [prompt(en["instruction"], en["input"] or "") for _, _, en in pairs])
@@ -298,5 +296,6 @@ def training_mix(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenize
             question = [code_switch(text or "", words, lang, params.code_switch, rng) for text in (side["instruction"], side["input"])]
             row = {"id": f"{key}/{combination}", "task": "question", "languages": combination, "x_tgt": prompt(*question), "y_tgt": answer[answered]}
             rows.append(row | {"x_en": prompt(en["instruction"], en["input"] or ""), "y_en": answer["en"]})
+    sentences = [(en["instruction"], tgt["instruction"]) for _, tgt, en in pairs] if sentences is None else sentences
     rows += _task_rows(run, sentences, translations, completions, rng)
     return rows, {"examples": len(pairs), "answers": report, "rows": dict(Counter(row["task"] for row in rows))}
