@@ -9,9 +9,11 @@ Run it with `make study`, look at it with `make study-plan`; on a cluster add a 
 
 import fcntl
 import os
+import re
 import sys
 from pathlib import Path
 
+from dsft.methods import READINGS
 from dsft.params import load_params
 
 STUDY = config.get("study", "micro")
@@ -28,8 +30,29 @@ ANALYSES = {
     "figure2": ["figure2.png", "figure2.svg", "entropy.csv"],
     "table1": ["table1.csv", "table1.md", "table1_against_tft.csv", "table1_against_tft.md", "results.csv", "items.parquet", "provenance.json"],
     "table2": ["table2.csv", "table2.md", "table2_against_tft.csv", "table2_against_tft.md"],
+    "table3": ["table3.csv", "table3.md", "table3_against_tft.csv", "table3_against_tft.md"],
+    "table4": ["table4.csv", "table4.md", "table4_against_tft.csv", "table4_against_tft.md"],
     "retention": ["retention.csv", "retention.md", "retention.png", "retention.svg"],
+    "figure3": ["figure3.csv", "figure3.md", "figure3.png", "figure3.svg"],
+    "figure4": ["figure4.png", "figure4.svg", "figure4_counted.png", "figure4_counted.svg"],
+    "inside": ["inside.csv", "inside.png", "inside.svg"],
+    "layers": ["layers.csv", "layers.md", "layers.png", "layers.svg"],
+    "readings": ["readings.csv", "readings.md"],
+    "data_size": ["data_size.csv", "data_size.md", "data_size.png", "data_size.svg"],
+    "claims": ["claims.csv", "claims.md", "claims.png", "claims.svg"],
 }
+
+# Some of them need runs that not every study has: methods of that name, or a benchmark.
+NEEDS = {
+    "table3": r"(lc|et)_(logits|feature)",
+    "figure3": r"et_(logits|feature)_at\d+",
+    "layers": r"dsft_(logits|feature)_at\d+_\d+",
+    "readings": rf"dsft_\w+_({'|'.join(READINGS)})",
+    "data_size": r"\w+_n\d+",
+}
+ANALYSES = {name: files for name, files in ANALYSES.items() if any(re.fullmatch(NEEDS.get(name, ".*"), m) for m in study.every_method)}
+if "flores" not in study.evaluation.benchmarks:
+    del ANALYSES["table4"]
 
 # One study at a time: the lock goes when the process goes, however it dies (Snakemake's own lock stays behind a kill).
 if workflow.is_main_process and not workflow.dryrun:
