@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'MKQA_LANG', 'MKQA_TYPES', 'XNLI_LABELS', 'LETTERS', 'STORY_COLUMNS', 'BENCHMARKS', 'FLORES_CODES',
-           'FLORES_PLUS', 'BENCHMARK_SEED', 'BROKEN_SHARE', 'BrokenRow', 'extractive', 'open_question', 'truthful',
-           'inference', 'alternatives', 'story', 'exam', 'translation', 'read_squad', 'read_json', 'read_jsonl',
-           'read_xnli', 'read_story', 'read_lines', 'Benchmark', 'directions', 'MissingFile', 'chosen_split',
-           'load_items', 'load_benchmark', 'check_benchmarks']
+           'FLORES_PLUS', 'BENCHMARK_SEED', 'BROKEN_SHARE', 'PROMPTS', 'BrokenRow', 'extractive', 'open_question',
+           'truthful', 'inference', 'alternatives', 'story', 'exam', 'translation', 'read_squad', 'read_json',
+           'read_jsonl', 'read_xnli', 'read_story', 'read_lines', 'Benchmark', 'directions', 'MissingFile',
+           'chosen_split', 'load_items', 'load_benchmark', 'words', 'check_benchmarks']
 
-# %% ../nbs/10_benchmark_data.ipynb #5119b127
+# %% ../nbs/10_benchmark_data.ipynb #e24f3fa6
 import gzip
 import json
 import reprlib
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import load_dataset
 
+from .data import check_language
 from .params import EvalParams, ParamsError, project_root
 
 # %% ../nbs/10_benchmark_data.ipynb #4c5eca71
@@ -339,7 +342,7 @@ def _aligned(direction: str, params: EvalParams) -> tuple[str, list[dict[str, An
         raise ParamsError(f"{target_file}: {len(target)} sentences, but {source_file} has {len(source)}; the lines must be translations of each other")
     return target_file, [{"source": a.get("text"), "target": b.get("text")} for a, b in zip(source, target)]
 
-# %% ../nbs/10_benchmark_data.ipynb #d013d9fe
+# %% ../nbs/10_benchmark_data.ipynb #82ef9246
 BENCHMARK_SEED = 20250303  # every run of every study answers the same items
 BROKEN_SHARE = 0.01  # of the rows of a hub dataset
 
@@ -351,6 +354,17 @@ def _sample(items: list[dict[str, Any]], count: int | None) -> list[dict[str, An
     ranked = sorted(items, key=lambda item: (zlib.crc32(f"{BENCHMARK_SEED}/{item['id']}".encode()), item["id"]))
     chosen = {item["id"] for item in ranked[:count]}
     return [item for item in items if item["id"] in chosen]
+
+
+def _check_languages(shown: str, items: list[dict[str, Any]], lang: str) -> None:
+    """Refuse items that are not in the language asked for; a direction of translation has one on each side."""
+    asked = ("context", "question", "premise", "hypothesis", "story", "source")
+    sides = {lang.split("-")[0]: [" ".join(item[key] for key in asked if key in item) for item in items]}
+    if "-" in lang:
+        sides[lang.split("-")[1]] = [item["answers"][0] for item in items]
+    for side, texts in sides.items():
+        if wrong := check_language(texts, side)[1]:
+            raise ParamsError(f"{shown}: is to be in {side!r}, but {wrong}; give the file of that language")
 
 
 def load_items(name: str, lang: str, params: EvalParams) -> list[dict[str, Any]]:
@@ -374,9 +388,10 @@ def load_items(name: str, lang: str, params: EvalParams) -> list[dict[str, Any]]
                 raise ParamsError(f"{shown}: {broken[0]}; correct or remove that row") from None
     if broken:
         print(f"{shown}: {len(broken)} of {len(rows)} rows left out, the first because of {broken[0]}")
+    _check_languages(shown, items, lang)
     return _sample(items, params.items)
 
-# %% ../nbs/10_benchmark_data.ipynb #17729f2d
+# %% ../nbs/10_benchmark_data.ipynb #42f412e8
 def load_benchmark(name: str, lang: str, params: EvalParams) -> dict[str, list[dict[str, Any]]]:
     """The items by `directions` (see there); empty, with a printed line, where there is nothing to ask. Errors as in `load_items`."""
     benchmark = BENCHMARKS[name]
@@ -391,9 +406,28 @@ def load_benchmark(name: str, lang: str, params: EvalParams) -> dict[str, list[d
         print(f"{benchmark.title} is not asked in English: {params.data_dir} has no file of it")
         return {}
 
+# %% ../nbs/10_benchmark_data.ipynb #ec53269d
+PROMPTS = yaml.safe_load(files("dsft").joinpath("benchmarks", "prompts.yaml").read_text(encoding="utf-8"))
 
+
+def words(name: str, lang: str) -> dict[str, Any]:
+    """The entry of the table for a benchmark in a language or direction. Raises ParamsError where there is none."""
+    own = next((part for part in lang.split("-") if part != "en"), "en")  # of "en-zh": zh
+    if own not in PROMPTS[name]:
+        raise ParamsError(f"dsft/benchmarks/prompts.yaml: {name} has no words in {own!r}, only in {', '.join(PROMPTS[name])}; add them there")
+    return PROMPTS[name][own]
+
+# %% ../nbs/10_benchmark_data.ipynb #add8dacd
 def check_benchmarks(params: EvalParams, langs: Sequence[str]) -> None:
-    """Read every benchmark file that an evaluation in these languages needs; raises ParamsError, one line, at the first that is wrong."""
-    for name in params.benchmarks if params.source == "files" else ():
+    """Check that an evaluation in these languages has its words and, with source "files", all its items in order.
+
+    Raises `ParamsError`, one line, at the first thing that is wrong.
+    """
+    if params.source == "files" and not (project_root() / params.data_dir).is_dir():
+        raise ParamsError(f"evaluation.data_dir = {params.data_dir!r}: no such folder; paths are relative to the project's root")
+    for name in params.benchmarks if params.source != "microcosm" else ():
         for lang in langs:
-            load_benchmark(name, lang, params)
+            for direction in directions(name, lang) if "dsft" in params.prompt else ():
+                words(name, direction)
+            if params.source == "files":
+                load_benchmark(name, lang, params)

@@ -1,0 +1,628 @@
+"""The benchmarks: their formats, the hub's columns, the prompts, the scores; and every kind of broken file in one line."""
+
+import gzip
+import itertools
+import json
+import math
+import os
+import random
+import stat
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.tasks import TaskManager
+
+from dsft import benchmark_data, metrics, tasks
+from dsft.benchmark_data import BENCHMARKS, check_benchmarks, load_items
+from dsft.params import EvalParams, ParamsError, load_params
+
+ROOT = Path(__file__).parents[1]
+OURS = ROOT / "tests" / "benchmarks"  # XStoryCloze and FLORES
+SPLITS = {"mlqa": "dev", "xnli": "dev"}
+
+
+def squad(qas, context="小李养了一只猫，小王养了两只狗。"):
+    return {"version": "1.1", "data": [{"title": "宠物", "paragraphs": [{"context": context, "qas": qas}]}]}
+
+
+def qa(n, question, answer):
+    return {"id": f"q{n}", "question": question, "answers": [{"text": answer, "answer_start": 0}]}
+
+
+QAS = [qa(0, "小李养了什么？", "猫"), qa(1, "小王养了什么？", "狗"), qa(2, "谁养了猫？", "小李")]
+MKQA = [
+    {"example_id": 11, "query": "how big is the sun", "queries": {"zh_cn": "太阳有多大"},
+     "answers": {"zh_cn": [{"type": "number_with_unit", "text": "1392000千米", "aliases": ["139万千米"]}]}},
+    {"example_id": 12, "query": "how do i sleep well", "queries": {"zh_cn": "怎样睡好觉"}, "answers": {"zh_cn": [{"type": "long_answer", "text": None}]}},
+    {"example_id": 13, "query": "is the moon round", "queries": {"zh_cn": "月亮是圆的吗"}, "answers": {"zh_cn": [{"type": "binary", "text": "是", "aliases": None}]}},
+]  # fmt: skip
+TRUTHFUL = [
+    {"question": "太阳是什么？", "mc1_targets_choices": ["一颗恒星", "一颗行星", "一盏灯"], "mc1_targets_labels": [1, 0, 0],
+     "mc2_targets_choices": ["一颗恒星", "一颗行星", "一盏灯"], "mc2_targets_labels": [1, 0, 0]},
+    {"question": "吃胡萝卜能治近视吗？", "mc1_targets_choices": ["不能", "能"], "mc1_targets_labels": [1, 0],
+     "mc2_targets_choices": ["不能", "能"], "mc2_targets_labels": [1, 0]},
+]  # fmt: skip
+XNLI = "他在睡觉。\t他闭着眼睛。\tneutral\n他在睡觉。\t他醒着。\tcontradiction\n他在睡觉。\t有人在睡觉。\tentailment\n"
+XCOPA = [
+    {"premise": "街上很湿。", "choice1": "下雨了。", "choice2": "天很热。", "question": "cause", "label": 0, "idx": 0, "changed": False},
+    {"premise": "他忘了带伞。", "choice1": "他吃饱了。", "choice2": "他淋湿了。", "question": "effect", "label": 1, "idx": 1, "changed": False},
+]
+MMLU = [
+    {"instruction": "1 + 1 = ?", "option_a": "1", "option_b": "2", "option_c": "3", "option_d": "4", "answer": "B", "id": "sums/dev/0"},
+    {"instruction": "哪个是行星？", "option_a": "太阳", "option_b": "月亮", "option_c": "北极星", "option_d": "火星", "answer": "D", "id": "sky/dev/0"},
+]
+
+
+def text(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def lines(rows) -> str:
+    return "".join(text(row) + "\n" for row in rows)
+
+
+FILES = {
+    "xquad/xquad.zh.json": text(squad(QAS)),
+    "mlqa/dev-context-zh-question-zh.json": text(squad(QAS)),
+    "mkqa/mkqa.jsonl": lines(MKQA),
+    "truthfulqa/zh_validation.json": text(TRUTHFUL),
+    "xnli/dev-zh.tsv": XNLI,
+    "xcopa/test.zh.jsonl": lines(XCOPA),
+    "mmlu/zh_test.json": text(MMLU),
+    **{str(p.relative_to(OURS)): p.read_text(encoding="utf-8") for p in OURS.glob("*/*.*")},
+}
+PLACE = {name.split("/")[0]: name for name in FILES} | {
+    "xstorycloze": "xstorycloze/spring2016.val.zh.tsv.split_20_80_eval.tsv",
+    "flores": "flores/zho_Hans.devtest",
+}
+DIRECTION = dict.fromkeys(BENCHMARKS, "zh") | {"flores": "en-zh"}
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    return tmp_path
+
+
+def asked(folder, *names, **changes) -> EvalParams:
+    return EvalParams(**{"benchmarks": names, "source": "files", "data_dir": str(folder), "splits": SPLITS, **changes})
+
+
+def plain(items) -> list[dict]:
+    return [{k: v for k, v in item.items() if k != "row"} for item in items]
+
+
+# What a reader of the files above would write down, by hand.
+EXPECTED = {
+    "xquad": [{"id": "q1", "context": "小李养了一只猫，小王养了两只狗。", "question": "小王养了什么？", "answers": ["狗"]}, 1, 3],
+    "mlqa": [{"id": "q2", "context": "小李养了一只猫，小王养了两只狗。", "question": "谁养了猫？", "answers": ["小李"]}, 2, 3],
+    "mkqa": [{"id": "11", "question": "太阳有多大", "answers": ["1392000千米", "139万千米"], "type": "number_with_unit"}, 0, 3],
+    "truthfulqa": [{"id": "1", "question": "吃胡萝卜能治近视吗？", "choices": ["不能", "能"], "label": 0}, 1, 2],
+    "xnli": [{"id": "2", "premise": "他在睡觉。", "hypothesis": "有人在睡觉。", "label": 0}, 2, 3],
+    "xcopa": [{"id": "1", "premise": "他忘了带伞。", "asks": "effect", "choices": ["他吃饱了。", "他淋湿了。"], "label": 1}, 1, 2],
+    "xstorycloze": [
+        {"id": "story-1", "story": "奥马尔在公园里捡到一个钱包。里面写着一个名字。他查到了电话号码。他马上给失主打了电话。",
+         "choices": ["他把钱包扔进湖里，唱起歌来。", "失主拿回钱包，非常高兴。"], "label": 1}, 1, 5,
+    ],
+    "mmlu": [
+        {"id": "sky/dev/0", "question": "哪个是行星？", "A": "太阳", "B": "月亮", "C": "北极星", "D": "火星", "choices": ["A", "B", "C", "D"], "label": 3}, 1, 2,
+    ],
+    "flores": [{"id": "3", "source": "The old bridge was built in 1887.", "answers": ["这座老桥建于1887年。"]}, 3, 6],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_files_become_items(data_dir, name):
+    item, n, count = EXPECTED[name]
+    items = load_items(name, DIRECTION[name], asked(data_dir, name))
+    assert len(items) == count and plain(items)[n] == item
+
+
+def test_mkqa_without_a_short_answer_has_an_empty_reference(data_dir):
+    assert load_items("mkqa", "zh", asked(data_dir, "mkqa"))[1]["answers"] == [""]
+
+
+def test_mkqa_as_it_is_published_compressed(data_dir):
+    path = data_dir / "mkqa" / "mkqa.jsonl"
+    (data_dir / "mkqa" / "mkqa.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    assert len(load_items("mkqa", "zh", asked(data_dir, "mkqa"))) == 3
+
+
+# The same items in the columns of the hub's datasets.
+HUB = {
+    "xquad": [{"id": q["id"], "context": "小李养了一只猫，小王养了两只狗。", "question": q["question"],
+               "answers": {"text": [q["answers"][0]["text"]], "answer_start": [0]}} for q in QAS],
+    "mkqa": [{"text": text(row)} for row in MKQA],
+    "truthfulqa": [row | {"id": n} for n, row in enumerate(TRUTHFUL)],
+    "xnli": [{"premise": "他在睡觉。", "hypothesis": h, "label": label} for h, label in (("他闭着眼睛。", 1), ("他醒着。", 2), ("有人在睡觉。", 0))],
+    "xcopa": XCOPA,
+    "xstorycloze": [
+        {"story_id": f"story-{n}", **{f"input_sentence_{k}": row[k] for k in (1, 2, 3, 4)}, "sentence_quiz1": row[5], "sentence_quiz2": row[6],
+         "answer_right_ending": int(row[7])}
+        for n, row in enumerate(line.split("\t") for line in FILES[PLACE["xstorycloze"]].splitlines()[1:])
+    ],
+    "mmlu": MMLU,
+}  # fmt: skip
+HUB["mlqa"] = HUB["xquad"]
+FLORES = {"eng_Latn": "flores/eng_Latn.devtest", "cmn_Hans": "flores/zho_Hans.devtest"}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_hub_gives_the_same_items_as_files(data_dir, monkeypatch, name):
+    called = []
+
+    def load_dataset(path, config=None, split=None, **options):
+        called.append((path, config, split))
+        rows = [{"text": line} for line in FILES[FLORES[config]].splitlines()] if name == "flores" else HUB[name]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(benchmark_data, "load_dataset", load_dataset)
+    found = load_items(name, DIRECTION[name], EvalParams(benchmarks=(name,), source="hub", splits=SPLITS))
+    assert plain(found) == plain(load_items(name, DIRECTION[name], asked(data_dir, name)))
+    expected = {"xquad": ("google/xquad", "xquad.zh", "validation"), "mlqa": ("facebook/mlqa", "mlqa.zh.zh", "validation")}
+    assert name not in expected or called == [expected[name]]
+
+
+def test_a_dataset_that_is_a_script_is_read_from_the_hubs_own_tables(monkeypatch):
+    called = []
+
+    def load_dataset(path, config=None, split=None, data_files=None):
+        called.append(data_files)
+        if path != "parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found xcopa.py")
+        return datasets.Dataset.from_list(XCOPA)
+
+    monkeypatch.setattr(benchmark_data, "load_dataset", load_dataset)
+    assert len(load_items("xcopa", "zh", EvalParams(benchmarks=("xcopa",), source="hub"))) == 2
+    assert called[1] == "hf://datasets/cambridgeltl/xcopa@refs/convert/parquet/zh/test/*.parquet"
+
+
+def test_no_connection_is_one_line(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ParamsError) as error:
+        load_items("xnli", "zh", EvalParams(benchmarks=("xnli",), source="hub"))
+    assert str(error.value).startswith("facebook/xnli (zh, test) on the hub cannot be loaded: ") and "source: files" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_one_broken_row_of_a_hub_dataset_is_left_out_and_said(monkeypatch, capsys):
+    rows = [MMLU[0] | {"id": f"sums/{n}"} for n in range(200)]
+    rows[7] = rows[7] | {"option_c": None}
+    monkeypatch.setattr(benchmark_data, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    params = EvalParams(benchmarks=("mmlu",), source="hub")
+    assert len(load_items("mmlu", "zh", params)) == 199
+    assert "1 of 200 rows left out, the first because of row 7: option_c = None: must be text" in capsys.readouterr().out
+    rows[8], rows[9] = rows[8] | {"answer": "E"}, rows[9] | {"id": "sums/0"}
+    with pytest.raises(ParamsError, match="row 7: option_c"):
+        load_items("mmlu", "zh", params)
+
+
+def test_a_sample_is_the_same_in_every_language_and_no_first_part(data_dir):
+    ids = [f"q{n}" for n in range(300)]
+    chosen = {}
+    for lang, order, question in (("zh", ids, "谁？"), ("vi", ids[::-1], "Ai đã đến?")):
+        content = squad([qa(0, question, "1") | {"id": key} for key in order], context=question)
+        (data_dir / "xquad" / f"xquad.{lang}.json").write_text(text(content), encoding="utf-8")
+        chosen[lang] = [item["id"] for item in load_items("xquad", lang, asked(data_dir, "xquad", items=30))]
+        assert chosen[lang] == [key for key in order if key in chosen[lang]]
+    assert sorted(chosen["zh"]) == sorted(chosen["vi"]) and len(chosen["zh"]) == 30
+    assert any(int(key[1:]) > 250 for key in chosen["zh"])
+
+
+# ---- broken files: kind, benchmark, how the good file is broken, what the one line says
+def change(rows, n, **fields):
+    return [row | (fields if k == n else {}) for k, row in enumerate(rows)]
+
+
+BROKEN = [
+    ("truncated JSON", "xquad", lambda s: s[: len(s) // 2], "xquad.zh.json: not readable as JSON"),
+    ("truncated JSON lines", "xcopa", lambda s: s[:-20], "test.zh.jsonl: row 1: not readable as JSON"),
+    ("not UTF-8", "xnli", lambda s: s.encode("gb18030"), "dev-zh.tsv: not in UTF-8"),
+    ("byte order mark", "xnli", lambda s: "\ufeff" + s, "byte order mark"),
+    ("empty file", "xcopa", lambda s: "", "at least one"),
+    ("an object for the list", "mmlu", lambda s: '{"data": []}', "must hold a list of objects"),
+    ("SQuAD without qas", "xquad", lambda s: s.replace('"qas"', '"questions"'), "not in SQuAD's format"),
+    ("answers null", "xquad", lambda s: text(squad([QAS[0] | {"answers": None}])), "not in SQuAD's format"),
+    ("no answers", "xquad", lambda s: text(squad([QAS[0], QAS[1] | {"answers": []}])), "row 1: answers = []: must be a list of texts"),
+    ("empty answer", "mlqa", lambda s: text(squad([qa(0, "谁？", " ")])), "row 0: answers = ' ': must be text"),
+    ("empty context", "mlqa", lambda s: text(squad(QAS, context="")), "row 0: context = '': must be text"),
+    ("duplicate ids", "mlqa", lambda s: text(squad([QAS[0], QAS[0]])), "row 1: id = 'q0' stands twice"),
+    ("100k characters", "xquad", lambda s: text(squad(QAS, context="猫" * 100_000)), "context has 100,000 characters"),
+    ("MKQA without queries", "mkqa", lambda s: lines(change(MKQA, 1, queries=None)), "row 1: queries has no 'zh_cn'"),
+    ("MKQA in other languages", "mkqa", lambda s: s.replace("zh_cn", "ko"), "row 0: queries has no 'zh_cn'"),
+    ("MKQA's unknown type", "mkqa", lambda s: s.replace("binary", "yesno"), "row 2: type = 'yesno': must be one of entity"),
+    ("MKQA without text", "mkqa", lambda s: s.replace('"是"', "null"), "row 2: answers.zh_cn = None: must be text"),
+    ("null choices", "truthfulqa", lambda s: text(change(TRUTHFUL, 0, mc1_targets_choices=None)), "mc1_targets_choices = None: must be a list"),
+    ("null choice", "truthfulqa", lambda s: text(change(TRUTHFUL, 1, mc1_targets_choices=["能", None])), "row 1: mc1_targets_choices = None"),
+    ("two true answers", "truthfulqa", lambda s: text(change(TRUTHFUL, 0, mc1_targets_labels=[1, 1, 0])), "must have a single 1"),
+    ("labels one short", "truthfulqa", lambda s: text(change(TRUTHFUL, 0, mc1_targets_labels=[1, 0])), "must have a single 1"),
+    ("a single choice", "truthfulqa", lambda s: text(change(TRUTHFUL, 0, mc1_targets_choices=["星"], mc1_targets_labels=[1])), "fewer than two"),
+    ("wrong label name", "xnli", lambda s: s.replace("neutral", "contradictory"), "row 0: label = 'contradictory': must be one of entailment, neutral"),
+    ("a header", "xnli", lambda s: "premise\thypothesis\tlabel\n" + s, "row 0: label = 'label'"),
+    ("a column missing", "xnli", lambda s: s.replace("\tneutral", ""), "row 0: 2 columns between tabs, expected 3"),
+    ("label out of range", "xcopa", lambda s: lines(change(XCOPA, 1, label=2)), "row 1: label = 2: must be one of 0, 1"),
+    ("label as truth value", "xcopa", lambda s: lines(change(XCOPA, 1, label=True)), "row 1: label = True"),
+    ("unknown question", "xcopa", lambda s: s.replace("effect", "result"), "row 1: question = 'result': must be one of cause, effect"),
+    ("a line that is a list", "xcopa", lambda s: s + "[1]\n", "must hold a list of objects"),
+    ("other header", "xstorycloze", lambda s: s.replace("InputStoryid", "id"), "the header must be InputStoryid"),
+    ("ending 3", "xstorycloze", lambda s: s.replace("\t1\n", "\t3\n", 1), "row 0: answer_right_ending = 3: must be one of 1, 2"),
+    ("ending in words", "xstorycloze", lambda s: s.replace("\t2\n", "\ttwo\n", 1), "row 1: answer_right_ending = 'two'"),
+    ("answer E", "mmlu", lambda s: text(change(MMLU, 1, answer="E")), "row 1: answer = 'E': must be one of A, B, C, D"),
+    ("option missing", "mmlu", lambda s: s.replace("option_d", "option_e"), "row 0: option_d is missing"),
+    ("one sentence too few", "flores", lambda s: s[: s.rindex("她")], "zho_Hans.devtest: 5 sentences, but"),
+    ("texts changed over", "flores", lambda s: FILES["flores/vie_Latn.devtest"], "zho_Hans.devtest: is to be in 'zh', but only 0 % of the rows"),
+    ("another language", "xcopa", lambda s: lines(row | {"premise": "Trời mưa rất to."} for row in XCOPA), "is to be in 'zh', but only 0 %"),
+    ("an empty sentence", "flores", lambda s: "\n" + s.split("\n", 1)[1], "row 0: target = '': must be text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "broken", "said"), [pytest.param(*rest, id=kind) for kind, *rest in BROKEN])
+def test_a_broken_file_is_one_line(data_dir, name, broken, said):
+    path = data_dir / PLACE[name]
+    content = broken(path.read_text(encoding="utf-8"))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ParamsError) as error:
+        check_benchmarks(asked(data_dir, name), ("zh",))
+    assert said in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("lang", "changes", "said"),
+    [
+        ("zh", {"splits": {"mlqa": "train"}}, "evaluation.splits.mlqa = 'train': no such split; choose from test, dev"),
+        ("zh", {"splits": {"mlqa": "test"}}, "needs the file mlqa/test-context-zh-question-zh.json or "),
+        ("vi", {}, "MLQA in 'vi' needs the file mlqa/dev-context-vi-question-vi.json or "),
+        ("ja", {}, "dsft/benchmarks/prompts.yaml: mlqa has no words in 'ja', only in en, zh, vi, ar; add them there"),
+        ("zh", {"data_dir": "nowhere"}, "evaluation.data_dir = 'nowhere': no such folder"),
+    ],
+)
+def test_a_missing_file_is_one_line(data_dir, lang, changes, said):
+    with pytest.raises(ParamsError) as error:
+        check_benchmarks(asked(data_dir, "mlqa", **changes), (lang,))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"benchmarks": ["squad"]}, "evaluation.benchmarks.0 = 'squad'"),
+        ({"benchmarks": ["xnli", "xnli"]}, "`benchmarks` must name at least one, and each once"),
+        ({"source": "files"}, "`data_dir` names the folder of source: files"),
+        ({"prompt": ["harness"]}, "need the real benchmarks"),
+        ({"source": "hub", "prompt": ["lm-eval"]}, "evaluation.prompt.0 = 'lm-eval'"),
+    ],
+)
+def test_a_mistake_in_the_study_is_one_line(tmp_path, changes, said):
+    study = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8")) | {"evaluation": changes}
+    (tmp_path / "mistaken.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    with pytest.raises(ParamsError) as error:
+        load_params(tmp_path / "mistaken.yaml")
+    assert said in str(error.value)
+
+
+# ---- prompts and tasks
+def test_every_benchmark_has_words_in_every_language():
+    assert set(benchmark_data.PROMPTS) == set(BENCHMARKS) == set(tasks.METRICS)
+    for name, words in benchmark_data.PROMPTS.items():
+        assert set(words) == {"en", "zh", "vi", "ar"} - ({"en"} if name == "flores" else set())
+        assert all(set(entry) <= {"instruction", "input", "choices"} for entry in words.values())
+
+
+def study_on(folder, tmp_path, *names, **changes):
+    study = load_params("smoke")
+    return study.model_copy(update={"runs": str(tmp_path / "runs"), "evaluation": asked(folder, *names, **changes)})
+
+
+def with_alpaca(study):
+    return study.model_copy(update={"data": study.data.model_copy(update={"template": "alpaca"})})
+
+
+def as_lm_eval_asks(task: tasks.Task) -> list[tuple[str, list[str]]]:
+    """The prompts and choices of a written task, by lm-eval's own loading of its files."""
+    loaded = TaskManager(include_path=str(task.folder), include_defaults=False).load([task.name])["tasks"][task.name]
+    docs = list(loaded.test_docs())
+    return [(loaded.doc_to_text(doc), loaded.doc_to_choice(doc) if loaded.OUTPUT_TYPE == "multiple_choice" else []) for doc in docs]
+
+
+# lm-eval's own prompts, written out by hand for the files above.
+HARNESS = {
+    "xquad": ("语境: 小李养了一只猫，小王养了两只狗。\n\n问题: 小李养了什么？\n\n回答:", []),
+    "mlqa": ("Context: 小李养了一只猫，小王养了两只狗。\n\nQuestion: 小李养了什么？\n\nAnswer:", []),
+    "xnli": ("", [f"他在睡觉。, 正确? {word}, 他闭着眼睛。" for word in ("是的", "所以", "不是的")]),
+    "xcopa": ("街上很湿 因为", ["下雨了。", "天很热。"]),
+    "mmlu": ("1 + 1 = ?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", ["A", "B", "C", "D"]),
+    "xstorycloze": ("小梅想烤一个蛋糕。 家里没有鸡蛋了。 商店快要关门了。 她一路跑了过去。", ["她带着一打鸡蛋回了家。", "她在车站给花浇水。"]),
+}
+
+
+@pytest.mark.parametrize("name", HARNESS)
+def test_harness_asks_with_lm_evals_own_words(data_dir, tmp_path, name):
+    (task,) = tasks.write_tasks(study_on(data_dir, tmp_path, name, prompt=("harness",)), "zh")
+    assert as_lm_eval_asks(task)[0] == HARNESS[name]
+
+
+def test_harness_asks_truthfulqa_with_english_examples(data_dir, tmp_path):
+    (task,) = tasks.write_tasks(study_on(data_dir, tmp_path, "truthfulqa", prompt=("harness",)), "zh")
+    prompt, choices = as_lm_eval_asks(task)[0]
+    assert prompt.startswith("Q: What is human life expectancy") and prompt.endswith("\n\nQ: 太阳是什么？\nA:")
+    assert choices == ["一颗恒星", "一颗行星", "一盏灯"]
+
+
+def test_our_prompt_in_the_alpaca_template(data_dir, tmp_path):
+    (task,) = tasks.write_tasks(with_alpaca(study_on(data_dir, tmp_path, "xnli")), "zh")
+    prompt, choices = as_lm_eval_asks(task)[0]
+    assert prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n根据前提，假设是否成立？请回答“是”、“可能”或“否”。\n\n### Input:\n前提：他在睡觉。\n假设：他闭着眼睛。\n\n### Response:"
+    )
+    assert choices == ["是", "可能", "否"]
+    assert [row["label"] for row in task.rows] == [1, 2, 0]
+
+
+def test_what_does_not_exist_is_said(data_dir, tmp_path, capsys):
+    study = study_on(data_dir, tmp_path, "xcopa", "xstorycloze", "mkqa", prompt=("dsft", "harness"))
+    assert [t.name for t in tasks.write_tasks(study, "zh")] == ["xcopa_zh", "xcopa_zh_harness", "xstorycloze_zh", "xstorycloze_zh_harness", "mkqa_zh"]
+    tasks.write_tasks(study.model_copy(update={"evaluation": asked(data_dir, "xcopa")}), "ar")
+    tasks.write_tasks(study.model_copy(update={"evaluation": asked(data_dir, "xcopa")}), "en")
+    said = capsys.readouterr().out
+    assert "lm-eval has no task for MKQA in 'zh'" in said and "XCOPA does not exist in 'ar'" in said and "XCOPA is not asked in English" in said
+
+
+# ---- evaluation of a tiny model
+@pytest.fixture(scope="module")
+def small():
+    """A model with random weights and few positions, and the microcosm's tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "models" / "micro-llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval(), tokenizer
+
+
+def likelihood(model, tokenizer, prompt: str, answer: str) -> float:
+    """log P(answer | prompt), token by token, without lm-eval, which counts white space at the end of a prompt to the answer."""
+    start = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+    x = start + tokenizer(prompt.rstrip(), add_special_tokens=False)["input_ids"]
+    ids = start + tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(logits[t - 1, ids[t]].item() for t in range(len(x), len(ids)))
+
+
+@pytest.mark.parametrize("name", ["xstorycloze", "xnli", "truthfulqa", "xcopa", "mmlu"])
+def test_choices_are_scored_by_their_likelihood(data_dir, tmp_path, small, name):
+    study = study_on(data_dir, tmp_path, name)
+    (score,), samples = tasks.evaluate(*small, study, ("zh",))
+    (task,) = tasks.write_tasks(study, "zh")
+    right = []
+    for row, sample in zip(task.rows, samples, strict=True):
+        expected = [likelihood(*small, row["prompt"], choice) for choice in row["choices"]]
+        assert sample["likelihoods"] == pytest.approx(expected, abs=2e-3)
+        right.append(expected.index(max(expected)) == row["label"])
+        assert sample["value"] == right[-1] and sample["reference"] == row["choices"][row["label"]]
+    assert score["value"] == pytest.approx(100 * sum(right) / len(right), abs=1e-3)
+    assert score["metric"] == ("mc1" if name == "truthfulqa" else "acc") and score["items"] == len(right)
+    assert score["chance"] == pytest.approx(100 * sum(1 / len(row["choices"]) for row in task.rows) / len(right), abs=1e-3)
+
+
+@given(st.lists(st.tuples(st.sampled_from("甲乙丙丁"), st.sampled_from([-3.0, -2.0, -1.0])), min_size=2, max_size=6), st.randoms())
+def test_mc1_does_not_depend_on_the_order_of_the_choices(choices, rng: random.Random):
+    def value(order):
+        doc = {"choices": [choices[n][0] for n in order], "label": order.index(0)}
+        return tasks.mc1_results(doc, [(choices[n][1], False) for n in order])["mc1"]
+
+    order = list(range(len(choices)))
+    shuffled = rng.sample(order, len(order))
+    assert value(order) == value(shuffled)
+    assert sum(tasks.mc1_results({"choices": [c for c, _ in choices], "label": k}, [(v, False) for _, v in choices])["mc1"] for k in order) == pytest.approx(1)
+
+
+def test_both_prompts_are_reported(data_dir, tmp_path, small):
+    scores, samples = tasks.evaluate(*small, study_on(data_dir, tmp_path, "xquad", "xnli", prompt=("dsft", "harness"), max_new_tokens=4), ("zh",))
+    assert [(s["dataset"], s["prompt"], s["metric"], s["items"]) for s in scores] == [
+        ("xquad", "dsft", "f1", 3), ("xquad", "harness", "f1", 3), ("xnli", "dsft", "acc", 3), ("xnli", "harness", "acc", 3),
+    ]  # fmt: skip
+    for prompt, dataset in itertools.product(("dsft", "harness"), ("xquad", "xnli")):
+        rows = [s for s in samples if (s["prompt"], s["dataset"]) == (prompt, dataset)]
+        reported = next(s["value"] for s in scores if (s["prompt"], s["dataset"]) == (prompt, dataset))
+        assert len(rows) == 3 and reported == pytest.approx(100 * sum(r["value"] for r in rows) / 3, abs=1e-3)
+
+
+def test_mkqa_is_reported_with_and_without_the_unanswerable(data_dir, tmp_path, small):
+    scores, samples = tasks.evaluate(*small, study_on(data_dir, tmp_path, "mkqa", max_new_tokens=4), ("zh",))
+    assert [(s["metric"], s["items"]) for s in scores] == [("f1", 3), ("f1_answerable", 2)]
+    assert [s["type"] for s in samples] == ["number_with_unit", "long_answer", "binary"]
+    assert scores[1]["value"] == pytest.approx(100 * (samples[0]["value"] + samples[2]["value"]) / 2, abs=1e-3)
+
+
+def test_prompts_that_do_not_fit_are_counted(data_dir, tmp_path, small, capsys):
+    model, tokenizer = small
+    contexts = ["猫" * 20, "猫" * 900, "狗" * 901]
+    content = squad([])
+    content["data"][0]["paragraphs"] = [{"context": c, "qas": [qa(n, "谁？", c[0])]} for n, c in enumerate(contexts)]
+    (data_dir / PLACE["xquad"]).write_text(text(content), encoding="utf-8")
+    study = study_on(data_dir, tmp_path, "xquad", max_new_tokens=4)
+    (score,), _ = tasks.evaluate(model, tokenizer, study, ("zh",))
+    (task,) = tasks.write_tasks(study, "zh")
+    fits = [len(tokenizer(row["prompt"])["input_ids"]) + 4 <= 512 for row in task.rows]
+    assert fits == [True, False, False] and score["truncated"] == 2
+    assert "xquad_zh: 2 of 3 prompts were longer than the 512 positions of the model and lost their beginning" in capsys.readouterr().out
+
+
+def test_a_choice_longer_than_the_model_is_one_line(data_dir, tmp_path, small):
+    (data_dir / PLACE["xcopa"]).write_text(lines(change(XCOPA, 1, choice1="他" * 2000)), encoding="utf-8")
+    with pytest.raises(ParamsError, match="xcopa_zh: item 1: a choice is longer than the 512 positions"):
+        tasks.evaluate(*small, study_on(data_dir, tmp_path, "xcopa"), ("zh",))
+
+
+def test_few_shot_examples_stand_before_the_question(data_dir, tmp_path, small, monkeypatch):
+    asked_for = []
+    run = tasks.simple_evaluate
+
+    def listening(*arguments, **options):
+        results = run(*arguments, **options)
+        asked_for.extend(s["arguments"][0][0] for s in results["samples"]["xcopa_zh"])
+        return results
+
+    monkeypatch.setattr(tasks, "simple_evaluate", listening)
+    study = study_on(data_dir, tmp_path, "xcopa", num_fewshot=1)
+    tasks.evaluate(*small, study, ("zh",))
+    rows = tasks.write_tasks(study, "zh")[0].rows
+    assert asked_for[0] == rows[1]["prompt"] + rows[1]["choices"][1] + "\n\n" + rows[0]["prompt"]
+
+
+def test_other_backends_by_name(data_dir, tmp_path, small):
+    model, tokenizer = small
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    names = ("xcopa", "xquad")
+    in_memory = tasks.evaluate(model, tokenizer, study_on(data_dir, tmp_path, *names, max_new_tokens=4), ("zh",))
+    changes = {"backend": "huggingface", "device": "cpu", "batch_size": 1, "backend_args": {"max_length": 512}, "max_new_tokens": 4}
+    by_name = tasks.evaluate(str(tmp_path / "model"), tokenizer, study_on(data_dir, tmp_path, *names, **changes), ("zh",))
+    assert by_name[0] == in_memory[0]
+    assert [s["prediction"] for s in by_name[1]] == [s["prediction"] for s in in_memory[1]]
+    with pytest.raises(ParamsError, match="evaluation.backend = 'vlm': lm-eval cannot start it"):
+        tasks.evaluate(str(tmp_path / "model"), tokenizer, study_on(data_dir, tmp_path, "xcopa", backend="vlm"), ("zh",))
+
+
+# ---- translation
+def test_translation_in_both_directions(data_dir, tmp_path, small, capsys):
+    study = study_on(data_dir, tmp_path, "flores", max_translation_tokens=8)
+    scores, samples = tasks.evaluate(*small, study, ("zh", "en"))
+    assert [(s["lang"], s["metric"]) for s in scores] == [(d, m) for d in ("en-zh", "zh-en") for m in ("chrf", "spbleu", "comet")]
+    assert all(s["items"] == 6 for s in scores) and len(samples) == 12
+    first = samples[0]
+    assert first["source"] == "The museum opens at nine in the morning." and first["reference"] == "博物馆早上九点开门。"
+    for direction in ("en-zh", "zh-en"):
+        rows = [s for s in samples if s["lang"] == direction]
+        expected = metrics.chrf([r["prediction"].strip() for r in rows], [r["reference"] for r in rows])
+        assert next(s["value"] for s in scores if (s["lang"], s["metric"]) == (direction, "chrf")) == pytest.approx(expected, abs=1e-3)
+    rows = tasks.write_tasks(study, "zh")[1].rows
+    assert rows[0]["prompt"] == "把下面的中文句子翻译成英文。\n博物馆早上九点开门。\n" and rows[0]["lang"] == "zh-en"
+    if os.environ["PATH"] and not any((Path(p) / "comet-score").exists() for p in os.environ["PATH"].split(os.pathsep)):
+        assert "not available: COMET: no program comet-score on the path" in capsys.readouterr().out
+
+
+def character_chrf(prediction: str, reference: str) -> float:
+    """chrF++ of one pair from its definition: F2 of the mean precision and recall over n-grams, beta 2, spaces dropped in characters."""
+    def grams(units, n):
+        found = {}
+        for k in range(len(units) - n + 1):
+            found[tuple(units[k : k + n])] = found.get(tuple(units[k : k + n]), 0) + 1
+        return found
+
+    precisions, recalls = [], []
+    for units, orders in ((lambda s: s.replace(" ", ""), range(1, 7)), (str.split, (1, 2))):
+        for n in orders:
+            a, b = grams(units(prediction), n), grams(units(reference), n)
+            if a and b:
+                common = sum(min(count, b.get(gram, 0)) for gram, count in a.items())
+                precisions.append(common / sum(a.values()))
+                recalls.append(common / sum(b.values()))
+    p, r = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+    return 100 * 5 * p * r / (4 * p + r)
+
+
+def test_chrf_is_the_published_definition():
+    pair = ("the cat sat on the red mat today", "the cat sits on a red mat today")
+    assert metrics.chrf([pair[0]], [pair[1]]) == pytest.approx(character_chrf(*pair), abs=1e-6)
+
+
+def test_spbleu_with_its_subword_model_and_without(tmp_path, monkeypatch):
+    spm = pytest.importorskip("sentencepiece")
+    from sacrebleu.tokenizers import tokenizer_spm
+
+    def nothing(*_, **__):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(tokenizer_spm, "SACREBLEU_DIR", str(tmp_path))
+    monkeypatch.setattr(tokenizer_spm, "download_file", nothing)
+    with pytest.raises(metrics.NotAvailable, match=r"spBLEU: sacrebleu cannot load its subword model flores200 \(no network here\)"):
+        metrics.spbleu(["猫"], ["猫"])
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(line for p in OURS.glob("*/*.*") for line in p.read_text(encoding="utf-8").splitlines()), encoding="utf-8")
+    (tmp_path / "models").mkdir()
+    spm.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "model"), vocab_size=400, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2
+    )
+    (tmp_path / "model.model").rename(tmp_path / "models" / "flores200sacrebleuspm")
+    sentences = ["博物馆早上九点开门。", "有两百人来听音乐会。"]
+    assert metrics.spbleu(sentences, sentences) == pytest.approx(100)
+    pieces = spm.SentencePieceProcessor(model_file=str(tmp_path / "models" / "flores200sacrebleuspm")).encode_as_pieces
+    changed = ["博物馆早上九点关门。", "有两百人来听音乐会。"]
+    assert metrics.spbleu(changed, sentences) == pytest.approx(bleu_by_hand([pieces(s) for s in changed], [pieces(s) for s in sentences]), abs=1e-6)
+
+
+def bleu_by_hand(predictions: list[list[str]], references: list[list[str]]) -> float:
+    """Corpus BLEU-4 from its definition, without smoothing."""
+    logs = 0.0
+    for n in range(1, 5):
+        common = total = 0
+        for prediction, reference in zip(predictions, references):
+            have = [tuple(reference[k : k + n]) for k in range(len(reference) - n + 1)]
+            for k in range(len(prediction) - n + 1):
+                gram = tuple(prediction[k : k + n])
+                total += 1
+                if gram in have:
+                    have.remove(gram)
+                    common += 1
+        logs += math.log(common / total) / 4
+    have, want = sum(map(len, predictions)), sum(map(len, references))
+    return 100 * math.exp(logs) * (1 if have >= want else math.exp(1 - want / have))
+
+
+def test_comet_by_its_program(tmp_path, monkeypatch):
+    program = tmp_path / "comet-score"
+    program.write_text(
+        "#!/bin/sh\n"  # stands in for unbabel-comet: one line a file, the options that the real one takes
+        'while [ $# -gt 0 ]; do case $1 in -s) s=$2; shift;; -t) t=$2; shift;; -r) r=$2; shift;; --model) m=$2; shift;; '
+        "--quiet|--only_system) ;; *) echo \"unknown $1\" >&2; exit 2;; esac; shift; done\n"
+        '[ "$m" = none ] && { echo "no model none" >&2; exit 1; }\n'
+        'echo "$t\tscore: 0.$(cat "$s" "$t" "$r" | wc -l)25"\n'
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert metrics.comet(["a\nb", "c"], ["d", "e"], ["f", "g"]) == pytest.approx(62.5)  # six lines: a line break within is none
+    with pytest.raises(metrics.NotAvailable, match="comet-score failed with none: no model none"):
+        metrics.comet(["a"], ["b"], ["c"], model="none")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(metrics.NotAvailable, match="pipx install unbabel-comet"):
+        metrics.comet(["a"], ["b"], ["c"])
+
+
+# ---- tokens
+def test_with_a_tokenizer_that_begins_with_a_space_choices_have_the_tokens_of_training(data_dir, tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, models, normalizers
+
+    template = tasks.TEMPLATES["alpaca"]
+    (task,) = tasks.write_tasks(with_alpaca(study_on(data_dir, tmp_path, "xcopa")), "zh")
+    letters = sorted({"▁", *(c for row in task.rows for c in row["prompt"] + "".join(row["choices"]))})
+    made = Tokenizer(models.BPE({letter: n for n, letter in enumerate([*letters, "<s>"])}, []))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(letters) + 1, **size)).eval()
+    pairs = []
+    encode = HFLM._encode_pair
+    monkeypatch.setattr(HFLM, "_encode_pair", lambda self, *pair: pairs.append((pair, encode(self, *pair))) or pairs[-1][1])
+    assert tasks.answer_delimiter(tokenizer, template) == " "
+    tasks.evaluate(model, tokenizer, with_alpaca(study_on(data_dir, tmp_path, "xcopa")), ("zh",))
+    assert len(pairs) == 4
+    for (prompt, choice), (context, continuation) in pairs:
+        assert context == tokenizer(prompt)["input_ids"]  # and so in dsft.data
+        assert continuation == tokenizer(choice.strip(), add_special_tokens=False)["input_ids"]
