@@ -120,9 +120,9 @@ def _open(table: Table, field: str) -> tuple[Dataset, list[str]]:
         why = _why_unreadable(path) if kind == "json" else " ".join(str(error).split())[:200]
         raise ParamsError(f"{table.shown}: not readable as {kind}: {why}; mend or fetch the file again") from None
 
-# %% ../nbs/04_data.ipynb #a87562fa
+# %% ../nbs/04_data.ipynb #297a8b16
 _TACO = regex.compile(
-    r"\s*Instruction in English:\s*(?P<instruction>.*?)\s*,?\s*Response in English:\s*(?P<english>.*?)\s*,?\s*Response in [^:\n]{2,40}:\s*(?P<output>.*)\s*",
+    r"\s*Instruction in English:\s*(?P<instruction>.*?)\s*,?\s*Response in English:\s*(?P<english>.*?)\s*,?\s*Response in [^:\n]{2,40}:\s*(?P<output>.*?)\s*",
     regex.DOTALL,
 )
 
@@ -525,7 +525,7 @@ def training_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset
         raise ParamsError(f"{what}, more than data.max_dropped = {limit:g}; raise one of the two")
     return rows, examples
 
-# %% ../nbs/04_data.ipynb #d956e7b5
+# %% ../nbs/04_data.ipynb #242ed5b8
 @call_parse
 def check(
     study: str,  # the name of a study in params/, or the path of a YAML file
@@ -550,6 +550,10 @@ def check(
                 parallel_rows(loaded.data, lang)
             elif lang in files:
                 read_table(files[lang], lang)
+        if not plan:
+            from dsft.benchmark_data import check_benchmarks  # it builds on this module
+
+            check_benchmarks(loaded.evaluation, (*loaded.languages, "en"))
     except ParamsError as error:
         raise SystemExit(f"dsft: {error}") from None
     runs = len(loaded.all_runs())
