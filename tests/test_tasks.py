@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from dsft import benchmark_data, metrics, tasks
 from dsft.benchmark_data import BENCHMARKS, check_benchmarks, load_items
+from dsft.data import check
 from dsft.params import EvalParams, ParamsError, load_params
 
 ROOT = Path(__file__).parents[1]
@@ -308,6 +309,18 @@ def test_a_mistake_in_the_study_is_one_line(tmp_path, changes, said):
     with pytest.raises(ParamsError) as error:
         load_params(tmp_path / "mistaken.yaml")
     assert said in str(error.value)
+
+
+def test_dsft_check_reads_the_benchmarks_before_anything_runs(data_dir, tmp_path):
+    study = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8"))
+    study |= {"languages": ["zh"], "evaluation": asked(data_dir, "xnli", "mlqa").model_dump(mode="json", exclude_defaults=True)}
+    path = tmp_path / "checked.yaml"
+    path.write_text(yaml.safe_dump(study), encoding="utf-8")
+    check(str(path))
+    (data_dir / PLACE["xnli"]).write_text(XNLI.replace("neutral", "neither"), encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        check(str(path))
+    assert str(stopped.value).startswith("dsft: ") and "label = 'neither'" in str(stopped.value)
 
 
 # ---- prompts and tasks

@@ -1,0 +1,81 @@
+"""The real pieces of the benchmarks, read whole, and a few items of each asked by the same tasks as at the scale of the paper."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from dsft import tasks
+from dsft.benchmark_data import load_benchmark, load_items
+from dsft.params import EvalParams, load_params
+
+ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "real"
+OURS = ROOT / "tests" / "benchmarks"
+SPLITS = {"mlqa": "dev", "xnli": "dev", "mmlu": "dev"}
+real = pytest.mark.skipif(not REAL.exists(), reason="the folder ../shared/real with real benchmark pieces is not here")
+
+# How many items the files hold, counted without this project: questions, lines, objects.
+COUNTS = {
+    "xquad": {"en": 632, "zh": 632, "vi": 632, "ar": 632},
+    "mlqa": {"en": 1148, "zh": 504, "vi": 511, "ar": 517},
+    "mkqa": {"en": 6, "zh": 6, "vi": 6, "ar": 6},
+    "truthfulqa": {"zh": 788, "vi": 785, "ar": 773},
+    "xnli": {"en": 800, "zh": 800, "vi": 800, "ar": 800},
+    "xcopa": {"zh": 500, "vi": 500},
+    "mmlu": {"zh": 271, "vi": 271, "ar": 274},
+}
+
+
+def params(names, folder=REAL, **changes) -> EvalParams:
+    return EvalParams(benchmarks=names, source="files", data_dir=str(folder), splits=SPLITS, **changes)
+
+
+@real
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_item_is_read(name):
+    found = {lang: load_benchmark(name, lang, params((name,))) for lang in ("en", "zh", "vi", "ar")}
+    assert {lang: len(items[lang]) for lang, items in found.items() if items} == COUNTS[name]
+
+
+@real
+def test_what_the_items_say():
+    truthful = load_items("truthfulqa", "zh", params(("truthfulqa",)))
+    assert all(item["label"] == 0 for item in truthful)
+    assert [n for n, item in enumerate(truthful) if item["choices"].count(item["choices"][0]) > 1] == [289, 692]
+    for name in ("xquad", "mlqa"):
+        assert all(item["answers"][0] in item["context"] for item in load_items(name, "ar", params((name,))))
+    labels = [item["label"] for item in load_items("xnli", "vi", params(("xnli",)))]
+    assert [labels.count(n) for n in (0, 1, 2)] == [266, 267, 267]
+    same = [{item["id"] for item in load_items("xquad", lang, params(("xquad",), items=50))} for lang in ("en", "zh", "vi", "ar")]
+    assert len(same[0]) == 50 and all(ids == same[0] for ids in same)
+    kinds = [item["type"] for item in load_items("mkqa", "zh", params(("mkqa",)))]
+    assert [k for k in kinds if k in ("long_answer", "unanswerable")] == ["long_answer", "unanswerable", "unanswerable"]
+
+
+def ask(tmp_path, evaluation, langs):
+    base = ROOT / "models" / "micro-llama"
+    study = load_params("smoke").model_copy(update={"runs": str(tmp_path), "evaluation": evaluation})
+    study = study.model_copy(update={"data": study.data.model_copy(update={"template": "alpaca"})})
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    return tasks.evaluate(model, transformers.AutoTokenizer.from_pretrained(base), study, langs)
+
+
+@real
+@pytest.mark.parametrize("lang", ["zh", "vi", "ar"])
+def test_a_few_items_are_asked_both_ways(tmp_path, lang):
+    names = tuple(name for name in COUNTS if lang in COUNTS[name])
+    evaluation = params(names, prompt=("dsft", "harness"), items=3, batch_size=6, max_new_tokens=8)
+    scores, samples = ask(tmp_path, evaluation, (lang,))
+    asked = {(s["dataset"], s["prompt"], s["items"]) for s in scores if s["metric"] == tasks.METRICS[s["dataset"]]}
+    assert asked == {(name, prompt, 3) for name in names for prompt in ("dsft", "harness") if (name, prompt) != ("mkqa", "harness")}
+    assert all(0 <= s["value"] <= 100 for s in scores) and len(samples) == 3 * len(asked)
+
+
+@pytest.mark.parametrize("prompt", ["dsft", "harness"])
+def test_xstorycloze_and_flores_from_files_of_their_format(tmp_path, prompt):
+    names = ("xstorycloze", "flores") if prompt == "dsft" else ("xstorycloze",)
+    scores, samples = ask(tmp_path, params(names, OURS, prompt=(prompt,), max_translation_tokens=8), ("ar", "en"))
+    counts = {(s["dataset"], s["lang"]): s["items"] for s in scores}
+    expected = {("xstorycloze", "ar"): 5, ("xstorycloze", "en"): 5}
+    assert counts == (expected | {("flores", "en-ar"): 6, ("flores", "ar-en"): 6} if prompt == "dsft" else expected)
