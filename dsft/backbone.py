@@ -219,7 +219,7 @@ def packed_hidden_states(
         output = backbone.decoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
     return States(inner, output.last_hidden_state)
 
-# %% ../nbs/05_backbone.ipynb #782e8c2f
+# %% ../nbs/05_backbone.ipynb #47af46d7
 _probed: WeakKeyDictionary = WeakKeyDictionary()  # decoder -> {attention implementation: obstacle}
 
 
@@ -237,7 +237,8 @@ def one_pass_obstacle(backbone: Backbone) -> str | None:
         try:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 ids = (torch.arange(16, device=device) * 7 % backbone.lm_head.out_features).view(2, 8)
-                _probe_parts(backbone, ids)
+                if wrong := _wrong_part(backbone, ids):
+                    raise UnsupportedArchitecture(f"{backbone} cannot be served: {wrong}")
                 verdicts[implementation] = _probe_packing(backbone, ids, implementation)
         finally:
             for m in training:
@@ -247,25 +248,33 @@ def one_pass_obstacle(backbone: Backbone) -> str | None:
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 0.1
-    return not (a - b).float().norm() <= tolerance * b.float().norm()  # also true for nan
+    return a.shape != b.shape or not (a - b).float().norm() <= tolerance * b.float().norm()  # also true for nan
 
 
-def _probe_parts(backbone: Backbone, ids: Tensor) -> None:
-    seen, L = torch.ones_like(ids, dtype=torch.bool), backbone.num_hidden_layers
-    states = hidden_states(backbone, ids, seen, layers=range(1, L + 1))
+def _wrong_part(backbone: Backbone, ids: Tensor) -> str | None:
+    seen, L, lm_model = torch.ones_like(ids, dtype=torch.bool), backbone.num_hidden_layers, backbone.lm_model
+    own = type(lm_model).forward(lm_model, input_ids=ids, attention_mask=seen, use_cache=False, output_hidden_states=True)
+    try:
+        states = hidden_states(backbone, ids, seen, layers=range(L + 1))
+        first = hidden_states(backbone, ids, seen, layers=[1], depth=1)
+        short = hidden_states(backbone, ids[:, :4], seen[:, :4], layers=[])
+    except Exception as error:  # the model itself has just run, so this comes from looking at its layers, or running some only
+        return f"its layers do not run by themselves ({type(error).__name__}: {str(error).splitlines()[0]})"
     logits = backbone.lm_head(states.last_hidden_state)
     if backbone.softcap is not None:
         logits = backbone.softcap * torch.tanh(logits / backbone.softcap)
-    refuse = lambda reason: UnsupportedArchitecture(f"{backbone} cannot be served: {reason}")
-    lm_model = backbone.lm_model
-    if _differ(logits, type(lm_model).forward(lm_model, input_ids=ids, attention_mask=seen).logits):
-        raise refuse("its logits are not its LM head on its final norm (it scales or projects them)")
+    if _differ(logits, own.logits):
+        return "its logits are not its LM head on its final norm (it scales or projects them)"
     if _differ(backbone.norm(states.inner[L]), states.last_hidden_state):
-        raise refuse("its last_hidden_state is not its final norm on the state of the last layer")
-    if _differ(hidden_states(backbone, ids[:, :4], seen[:, :4], layers=[]).last_hidden_state, states.last_hidden_state[:, :4]):
-        raise refuse("the state of a token depends on the tokens after it")
-    if L > 1 and _differ(hidden_states(backbone, ids, seen, layers=[1], depth=1).inner[1], states.inner[1]):
-        raise refuse("its first layers alone do not give their state")
+        return "its last_hidden_state is not its final norm on the state of the last layer"
+    theirs = own.hidden_states or ()
+    if len(theirs) != L + 1 or any(_differ(states.feature(k, L), theirs[k]) for k in range(L + 1)):
+        return "its hidden_states are not the states before the first and after each layer"
+    if _differ(short.last_hidden_state, states.last_hidden_state[:, :4]):
+        return "the state of a token depends on the tokens after it"
+    if _differ(first.inner[1], states.inner[1]):
+        return "its first layers alone do not give their state"
+    return None
 
 
 def _probe_packing(backbone: Backbone, ids: Tensor, implementation: str) -> str | None:

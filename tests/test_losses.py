@@ -318,6 +318,7 @@ def test_chunked_head_is_exact(softcap, monkeypatch):
         ("Cohere", {}, "logits"),
         ("Granite", dict(logits_scaling=8.0), "logits"),
         ("Phi", {}, "without bias"),
+        ("Mamba", {}, "hidden_states"),
     ],
 )
 def test_unsupported_architecture_is_refused_by_name(family, config, reason):
