@@ -1,0 +1,264 @@
+"""Parallel instruction data: every source, the checks, the report; and training on real Alpaca with every method."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, alpaca
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from dsft import data as dsft_data
+from dsft.data import TokenizedExample, check_language, collate, load_parallel, parallel_rows, rows_digest, tokenize
+from dsft.params import DataParams, ParamsError, load_params
+from dsft.prompts import TEMPLATES
+
+ENGLISH = [{"id": f"a-{n}", "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
+VIETNAMESE = [{"id": f"a-{n}", "instruction": f"{n} cộng {n} bằng mấy?", "input": "", "output": f"Bằng {2 * n} đấy."} for n in range(20)]
+
+
+def written(folder, name, rows):
+    """Rows as a file of the format that the name says."""
+    path = folder / name
+    if name.endswith(".parquet"):
+        Dataset.from_list(rows).to_parquet(path)
+    elif name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return str(path)
+
+
+def asked(folder, en=ENGLISH, vi=VIETNAMESE, kind="json", **changes):
+    files = {"en": written(folder, f"en.{kind}", en), "vi": written(folder, f"vi.{kind}", vi)}
+    return DataParams(**{"source": "files", "files": files, "template": "alpaca"} | changes)
+
+
+# ---- sources
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_the_same_rows_from_every_kind_of_file(tmp_path, kind):
+    rows = load_parallel(asked(tmp_path, vi=VIETNAMESE[::-1], kind=kind), "vi")
+    assert rows["y_en"][:] == [row["output"] for row in ENGLISH] and rows["y_tgt"][:] == [row["output"] for row in VIETNAMESE]
+    assert rows[3]["x_tgt"] == TEMPLATES["alpaca"].prompt("3 cộng 3 bằng mấy?")
+
+
+@pytest.mark.parametrize("lang", ["zh", "vi"])
+def test_real_alpaca_is_parallel(lang):
+    rows, report = parallel_rows(DataParams(source="files", files={"en": alpaca("en"), lang: alpaca(lang)}, template="alpaca"), lang)
+    assert report["join"] == "id" and report["tables"][lang]["rows"] == 1500 and len(rows) == report["examples"] >= 1480
+    assert report["rank correlation of question lengths"] > 0.8
+    with open(alpaca("en"), encoding="utf-8") as file:
+        english = {str(item["id"]): item for item in json.load(file)}
+    assert all(row["y_en"] == english[row["id"]]["output"] for row in rows)
+    assert sum("### Input:" in row["x_en"] for row in rows) == sum(bool(english[row["id"]]["input"]) for row in rows) > 500
+
+
+def test_real_alpaca_by_position_and_what_a_shift_does(tmp_path):
+    """x-LLM's files have no ids. One row missing in the middle is a length that does not fit, two files cut from other places are noticed too."""
+    sides = {}
+    for lang in ("en", "zh"):
+        with open(alpaca(lang), encoding="utf-8") as file:
+            sides[lang] = [{k: v for k, v in item.items() if k != "id"} for item in json.load(file)]
+    whole = {lang: written(tmp_path, f"{lang}.json", rows) for lang, rows in sides.items()}
+    assert parallel_rows(DataParams(source="files", files=whole), "zh")[1]["join"] == "position"
+    cut = whole | {"zh": written(tmp_path, "cut.json", sides["zh"][:700] + sides["zh"][701:])}
+    with pytest.raises(ParamsError, match="1499 and 1500 rows; joined by position they must have the same length"):
+        load_parallel(DataParams(source="files", files=cut), "zh")
+    shifted = {"en": written(tmp_path, "head.json", sides["en"][:-1]), "zh": written(tmp_path, "tail.json", sides["zh"][1:])}
+    with pytest.raises(ParamsError, match="long questions do not have long translations"):
+        load_parallel(DataParams(source="files", files=shifted), "zh")
+
+
+@pytest.mark.parametrize("given_as, file", [("ar", "zh"), ("zh", "vi"), ("vi", "en"), ("fr", "en"), ("en", "vi"), ("en", "zh"), ("ru", "zh")])
+def test_real_alpaca_in_another_language_is_refused(given_as, file):
+    files = {"en": alpaca("en"), "vi": alpaca("vi")} | {given_as: alpaca(file)}
+    with pytest.raises(ParamsError, match=rf"given as data.files.{given_as}, but"):
+        load_parallel(DataParams(source="files", files=files), "vi" if given_as == "en" else given_as)
+
+
+def test_a_hub_dataset_is_asked_for_as_the_study_says(monkeypatch, tmp_path):
+    """The call that goes out, and the rows that come back: Bactrian-X by language, tatsu-lab/alpaca without ids."""
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((*args, kwargs))
+        rows = [{k: v for k, v in row.items() if k != "id" or args[0] != "tatsu-lab/alpaca"} for row in (ENGLISH if "en" in args[1:] or args[1] is None else VIETNAMESE)]
+        return Dataset.from_list(rows)
+
+    monkeypatch.setattr(dsft_data, "load_dataset", load_dataset)
+    bactrian = {lang: {"hub": "MBZUAI/Bactrian-X", "name": lang} for lang in ("en", "vi")}
+    rows, report = parallel_rows(DataParams(source="files", files=bactrian), "vi")
+    assert calls[0] == ("MBZUAI/Bactrian-X", "vi", {"split": "train", "revision": None}) and len(rows) == 20 and report["join"] == "id"
+    mixed = {"en": {"hub": "tatsu-lab/alpaca", "revision": "main"}, "vi": {"hub": "x/vi", "name": "vi", "split": "all"}}
+    rows, report = parallel_rows(DataParams(source="files", files=mixed), "vi")
+    assert report["join"] == "position" and len(rows) == 20
+    assert calls[2:] == [("x/vi", "vi", {"split": "all", "revision": None}), ("tatsu-lab/alpaca", None, {"split": "train", "revision": "main"})]
+
+
+def test_taco_sets_bring_their_own_english(tmp_path):
+    taco = [{**v, "output": f"Instruction in English: {e['instruction']} , \nResponse in English: {e['output']} , \nResponse in Vietnamese: {v['output']} "} for e, v in zip(ENGLISH, VIETNAMESE)]
+    table = {"path": written(tmp_path, "taco.json", taco), "format": "taco"}
+    rows = load_parallel(DataParams(source="files", files={"en": written(tmp_path, "other.json", ENGLISH[:3]), "vi": table}), "vi")
+    assert rows["y_en"][:] == [row["output"] for row in ENGLISH] and rows["y_tgt"][:] == [row["output"] for row in VIETNAMESE]
+    assert load_parallel(DataParams(source="files", files={"en": table}), "en")["y_tgt"][:] == [row["output"] for row in ENGLISH]
+
+
+def test_any_language_code_is_taken_and_an_unknown_script_said(tmp_path):
+    rows, report = parallel_rows(asked(tmp_path, files={"en": written(tmp_path, "e.json", ENGLISH), "qaa-Test": written(tmp_path, "q.json", VIETNAMESE)}), "qaa-Test")
+    assert len(rows) == 20 and report["tables"]["qaa-Test"]["language"].startswith("not checked")
+    assert not check_language(["Wo steht das Haus? Das Haus steht am Fluss."] * 20, "de_AT")[1]
+
+
+def test_the_microcosm_draws_its_examples_by_seed_alone():
+    study = load_params("micro")
+    first, again = (rows_digest(load_parallel(study.data, "zh", 0)) for _ in range(2))
+    assert first == again != rows_digest(load_parallel(study.data, "zh", 1))
+
+
+# ---- what is dropped
+def test_the_report_counts_every_dropped_row_once(tmp_path):
+    vietnamese = [dict(row) for row in VIETNAMESE]
+    vietnamese[2]["output"] = ""
+    vietnamese[5]["instruction"] = None
+    vietnamese[7]["output"] = "Bằng mười bốn đấy, " * 200
+    vietnamese[9]["id"] = "a-8"
+    data = asked(tmp_path, vi=vietnamese, max_dropped=0.5)
+    rows, report = parallel_rows(data, "vi")
+    told = {d["reason"].split(": ")[1]: (d["count"], [e["row"] for e in d["examples"]]) for d in report["dropped"]}
+    assert told["output is empty"] == (1, [3]) and told["instruction is missing"] == (1, [6]) and told["id stands twice"] == (2, [9, 10])
+    assert told["answer much longer than the English one"] == (1, [8])
+    assert len(rows) == 20 - 5 and {row["id"] for row in rows}.isdisjoint({"a-2", "a-5", "a-7", "a-8", "a-9"})
+
+
+def test_an_example_that_repeats_another_is_dropped(tmp_path):
+    twice = lambda rows: rows + [rows[0] | {"id": "again"}]
+    rows, report = parallel_rows(asked(tmp_path, en=twice(ENGLISH), vi=twice(VIETNAMESE), max_dropped=0.1), "vi")
+    assert len(rows) == 20 and "the example stands there twice" in report["dropped"][0]["reason"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(broken=st.sets(st.integers(0, 19)), limit=st.floats(0, 1))
+def test_the_run_stops_above_the_set_share(tmp_path_factory, broken, limit):
+    folder = tmp_path_factory.mktemp("share")
+    data = asked(folder, vi=[row | {"output": ""} if n in broken else row for n, row in enumerate(VIETNAMESE)], max_dropped=limit, check_language=False)
+    if len(broken) > limit * 20:
+        with pytest.raises(ParamsError, match=f"{len(broken)} of 20 rows unusable"):
+            load_parallel(data, "vi")
+    elif len(broken) < 20:
+        assert len(load_parallel(data, "vi")) == 20 - len(broken)
+
+
+# ---- tokens
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes with BOS and EOS, and no pad token, as LLaMA's."""
+    vocab = {"<s>": 0, "</s>": 1} | {b: n + 2 for n, b in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=30)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.tuples(texts, texts, texts, texts), min_size=1, max_size=6), max_length=st.integers(8, 90))
+def test_no_example_is_without_a_label_and_only_whole_answers_end(tokenizer, rows, max_length):
+    rows = Dataset.from_list([dict(zip(("x_tgt", "y_tgt", "x_en", "y_en"), row)) | {"id": str(n)} for n, row in enumerate(rows)])
+    size = lambda text: len(text.encode())
+    fitting = [row for row in rows if all(1 + size(row[f"x_{s}"]) < max_length for s in ("tgt", "en"))]
+    report = {}
+    if not fitting:
+        with pytest.raises(ParamsError, match="every prompt is longer"):
+            tokenize(rows, tokenizer, max_length)
+        return
+    out = tokenize(rows, tokenizer, max_length, report=report)
+    assert len(out) == len(fitting) == report["tokens"]["examples"]
+    assert report["tokens"]["dropped, prompt too long"] == len(rows) - len(fitting)
+    for side in ("tgt", "en"):
+        whole = [1 + size(row[f"x_{side}"]) + size(row[f"y_{side}"]) + 1 <= max_length for row in fitting]
+        assert report["tokens"]["answers cut"][side] == whole.count(False)
+        for example, fits, row in zip(out, whole, fitting, strict=True):
+            x, y = example[f"x_{side}"], example[f"y_{side}"]
+            assert y and len(x) + len(y) <= max_length and (y[-1] == 1) == fits
+            if fits:
+                assert tokenizer.decode(x + y, skip_special_tokens=True) == row[f"x_{side}"] + row[f"y_{side}"]
+
+
+def test_one_worker_or_several_and_the_cache_give_the_same(tokenizer, monkeypatch):
+    rows = load_parallel(DataParams(items=300), "ar")
+    alone = tokenize(rows, tokenizer, 300).to_list()
+    assert tokenize(rows, tokenizer, 300, workers=3).to_list() == alone
+    monkeypatch.setattr(dsft_data, "LARGE", 100)
+    _, file = dsft_data._cache(rows, tokenizer, 300)
+    first = tokenize(rows, tokenizer, 300, workers=2)
+    kept = {f: f.stat().st_mtime_ns for f in file.parent.glob(f"{file.stem}*")}
+    assert first.to_list() == alone and kept
+    assert tokenize(rows, tokenizer, 300, workers=2).to_list() == alone
+    assert {f: f.stat().st_mtime_ns for f in file.parent.glob(f"{file.stem}*")} == kept, "tokenised again"
+    assert len(tokenize(rows, tokenizer, 250)) <= 300 and dsft_data._cache(rows, tokenizer, 250)[1] != file
+
+
+def test_loss_is_on_the_response_only_and_a_tokenizer_without_pad_token_trains(tokenizer):
+    """The gradient of TFT with respect to the logits at the prompt's positions is zero, by the trainer's own loss."""
+    from dsft.losses import dsft_loss
+
+    rows = load_parallel(DataParams(items=3), "vi")
+    assert tokenizer.pad_token_id is None
+    batch = collate([TokenizedExample(**row) for row in tokenize(rows, tokenizer, 300)], 0)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2))
+    loss = dsft_loss(model, batch, (), "naive")["tft"]
+    by_hand = []
+    for x, x_mask, y, y_mask in zip(batch["x_tgt"], batch["x_tgt_mask"], batch["y_tgt"], batch["y_tgt_mask"]):
+        ids = torch.cat([x[x_mask], y[y_mask]])
+        nll = -model(ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+        by_hand.append(nll[int(x_mask.sum()) - 1 :])
+    assert loss.item() == pytest.approx(torch.cat(by_hand).mean().item(), rel=1e-5)
+    assert batch["y_tgt"][0][batch["y_tgt_mask"][0]][-1] == tokenizer.eos_token_id, "EOS is a label"
+
+
+# ---- training
+@pytest.mark.parametrize("method, lang", [("sft", "zh"), *((m, lang) for m in ("tft", "sdrrl", "dsft_logits", "dsft_feature") for lang in ("zh", "vi"))])
+def test_every_method_trains_on_real_alpaca(train_on_alpaca, method, lang):
+    run, trainer = train_on_alpaca(lang, method)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.state.global_step == 20 and all(math.isfinite(entry["loss"]) for entry in logs)
+    assert logs[-1]["loss_tft"] < logs[0]["loss_tft"]
+    assert (logs[-1]["loss_lc"] > 0) == (logs[-1]["loss_et"] > 0) == method.startswith("dsft")
+    report = json.loads((run.training_folder / "data_report.json").read_text(encoding="utf-8"))
+    assert report["tokens"]["examples"] > 0.7 * (96 if method != "sdrrl" else 400)
+    assert transformers.AutoModelForCausalLM.from_pretrained(run.trained).num_parameters() == trainer.model.num_parameters()
+    if method == "sdrrl":
+        assert set(report["tasks"]) == {"question", "translation", "completion"}
+
+
+# ---- plans
+@pytest.mark.parametrize("study", ["llama2-7b", "gemma2-2b", "smollm2-135m"])
+def test_a_plan_lists_the_whole_graph_without_the_network(study, tmp_path):
+    """With every socket refused, in this process's children too, the graph of a hub study is listed."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket\n"
+        "def refuse(self, address, *rest):\n"
+        "    if self.family != socket.AF_UNIX: raise AssertionError(f'the network was asked for {address}')\n"
+        "socket.socket.connect = socket.socket.connect_ex = refuse\n"
+        "socket.getaddrinfo = lambda host, *rest, **more: refuse(socket.socket(), host)\n"
+    )
+    command = f"dsft_check {study} --plan && snakemake --config study={study} --nolock --cores 2 --dry-run --quiet host"
+    folder = os.path.dirname(sys.executable)
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"PYTHONPATH": str(tmp_path), "PATH": f"{folder}:{os.environ['PATH']}"}
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0 and "the network was asked for" not in result.stdout, result.stdout[-3000:]
+    spec = load_params(study)
+    counts = {words[0]: int(words[1]) for line in result.stdout.splitlines() if len(words := line.split()) == 2 and words[1].isdigit()}
+    assert counts["evaluate"] == len(spec.all_runs()) and counts["select_layers"] == len(spec.languages)
+    assert counts["train"] == len({r.training_folder for r in spec.all_runs() if r.method.trains_on})
+    assert counts["distill"] == len(spec.languages) * len(spec.seeds)
