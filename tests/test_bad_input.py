@@ -1,0 +1,227 @@
+"""Every kind of bad input ends in one line that says where, what and what to do, before anything is computed or written.
+
+BAD is the list: the kind, what it does to a folder of good files, what the line must say (parts between bars), and fields of `data` that go with it. The
+good folder is a study on files: study.yaml, instruction data en.json and zh.json, what SDRRL needs. The benchmarks' own kinds stand in test_tasks.BROKEN and
+run here as well.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from test_tasks import BROKEN, data_dir, test_a_broken_file_is_one_line  # noqa: F401
+
+from dsft.data import check, parallel_rows
+from dsft.params import DataParams, ParamsError, load_params
+from dsft.sdrrl import resources
+
+ENGLISH = [{"id": n, "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
+CHINESE = [{"id": n, "instruction": f"{n}加{n}等于几?", "input": "", "output": f"等于{2 * n}。"} for n in range(20)]
+STUDY = {
+    "models": {"micro-llama": {"path": "models/micro-llama"}},
+    "languages": ["zh"],
+    "methods": ["tft", "sdrrl"],
+    "data": {"source": "files", "files": {"en": "FOLDER/en.json", "zh": "FOLDER/zh.json"}, "template": "alpaca"},
+    "train": {"batch_size": 4, "per_device_batch_size": 4},
+    "sdrrl": {"dictionaries": {"zh": "FOLDER/dictionary.txt"}, "translations": {"zh": "FOLDER/translations.jsonl"}},
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    for name, rows in (("en.json", ENGLISH), ("zh.json", CHINESE)):
+        (folder / name).write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    (folder / "dictionary.txt").write_text("two 二\nand\t和\n", encoding="utf-8")
+    (folder / "translations.jsonl").write_text('{"en": "Yes.", "translation": "是。"}\n', encoding="utf-8")
+    (folder / "sentences.en").write_text("One.\nTwo.\n", encoding="utf-8")
+    (folder / "sentences.zh").write_text("一。\n", encoding="utf-8")
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY), encoding="utf-8")
+    return folder
+
+
+# ---- ways to break it
+def raw(name, change):
+    """Change the bytes of a file."""
+
+    def do(folder):
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+    return do
+
+
+def rows(name, change):
+    """Change the rows of a JSON file: `change` returns new ones, or works on them in place."""
+
+    def do(folder):
+        items = json.loads((folder / name).read_text(encoding="utf-8"))
+        items = change(items) or items
+        (folder / name).write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+
+    return do
+
+
+def row(name, n, **fields):
+    """Set fields of one row."""
+    return rows(name, lambda items: items[n].update(fields))
+
+
+def without(name, n, field):
+    return rows(name, lambda items: items[n].pop(field) and None)
+
+
+def study(part="", **fields):
+    """Set fields of the study file, or of a part of it."""
+
+    def do(folder):
+        content = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
+        (content.setdefault(part, {}) if part else content).update(fields)
+        (folder / "study.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+    return do
+
+
+def moved(name, to):
+    return lambda folder: shutil.move(folder / name, folder / to)
+
+
+def copied(name, to):
+    return lambda folder: shutil.copy(folder / name, folder / to)
+
+
+def all_of(*changes):
+    def do(folder):
+        for change in changes:
+            change(folder)
+
+    return do
+
+
+BAD = [
+    # instruction data: the file
+    ("truncated JSON", raw("zh.json", lambda b: b[: len(b) // 2]), "zh.json: not readable as json: line 1|the file breaks off|fetch the file again"),
+    ("JSON with a comma too many", raw("zh.json", lambda b: b.replace(b"},", b"},,", 1)), "zh.json: not readable|line 1, column|mend"),
+    ("another encoding", raw("zh.json", lambda b: b.decode().encode("gb18030")), "zh.json: line 1, byte|not UTF-8|iconv"),
+    ("UTF-16", raw("zh.json", lambda b: b.decode().encode("utf-16")), "zh.json: not UTF-8 (UTF-16|iconv"),
+    ("zero bytes", raw("zh.json", lambda b: b + b"\0" * 9), "zh.json: not UTF-8 (UTF-16, or zero bytes)|convert"),
+    ("empty file", raw("zh.json", lambda b: b""), "zh.json: the file is empty|fetch it again"),
+    ("empty list", raw("zh.json", lambda b: b"[]"), "zh.json: not readable as json|fetch the file again"),
+    ("an object, not a list", raw("zh.json", lambda b: b'{"zh": 1}'), "zh.json: no field for instruction|a list of objects"),
+    ("a list of numbers", raw("zh.json", lambda b: b"[1, 2, 3]"), "zh.json: no field for instruction|a list of objects"),
+    ("a web page", raw("zh.json", lambda b: b"<!DOCTYPE html><html>"), "zh.json: a web page, not JSON|fetch the file itself"),
+    ("a Git LFS pointer", raw("zh.json", lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0"), "zh.json: only a Git LFS pointer|git lfs pull"),
+    ("missing file", moved("zh.json", "elsewhere.json"), "data.files.zh = '|zh.json': no such file|relative to the project"),
+    ("JSON Lines cut off", all_of(raw("zh.json", lambda b: "\n".join(json.dumps(r) for r in CHINESE).encode()[:-9]), moved("zh.json", "zh.jsonl"), study("data", source="files", files={"en": "FOLDER/en.json", "zh": "FOLDER/zh.jsonl"})), "zh.jsonl: not readable as json: line 20|the file breaks off"),
+    ("JSON called parquet", all_of(copied("zh.json", "zh.parquet"), study("data", files={"en": "FOLDER/en.json", "zh": "FOLDER/zh.parquet"})), "zh.parquet: not readable as parquet|fetch the file again"),
+    # instruction data: rows
+    ("another language", copied("en.json", "zh.json"), "zh.json: given as data.files.zh, but|Latin|give the right file"),
+    ("swapped languages", all_of(moved("en.json", "x"), moved("zh.json", "en.json"), moved("x", "zh.json")), "zh.json: given as data.files.zh, but|give the right file"),
+    ("Chinese as Arabic", study(languages=["ar"], data={"source": "files", "files": {"en": "FOLDER/en.json", "ar": "FOLDER/zh.json"}}, sdrrl={}), "zh.json: given as data.files.ar, but|Arabic letters; the letters are mostly Han"),
+    ("never translated row", row("zh.json", 4, instruction="What is 4 and 4?", output="That is 8."), "zh.json: 1 of 20 rows unusable|not a letter of zh (first: row 5)|mend these rows or raise data.max_dropped", {"max_dropped": 0}),
+    ("field absent in all rows", rows("zh.json", lambda items: [{"id": r["id"], "text": r["output"]} for r in items]), "zh.json: no field for instruction ('instruction') and output ('output')|data.files.zh.fields"),
+    ("field absent in one row", without("zh.json", 6, "output"), "zh.json: output is missing (first: row 7)", {"max_dropped": 0}),
+    ("null", row("zh.json", 6, instruction=None), "zh.json: instruction is missing (first: row 7)", {"max_dropped": 0}),
+    ("empty answer", row("zh.json", 6, output=" \n"), "zh.json: output is empty (first: row 7)", {"max_dropped": 0}),
+    ("a number for text", row("zh.json", 6, output=12), "zh.json: output is not text (first: row 7)", {"max_dropped": 0}),
+    ("a list for text", row("zh.json", 6, output=["十二"]), "zh.json: output is not text (first: row 7)", {"max_dropped": 0}),
+    ("an object for the input", row("zh.json", 6, input={"a": 1}), "zh.json: input is not text (first: row 7)", {"max_dropped": 0}),
+    ("100,000 characters", row("zh.json", 6, output="等" * 100_000), "zh.json: output has more than 20000 characters (first: row 7)", {"max_dropped": 0}),
+    ("decoded wrongly before", row("zh.json", 6, output="等\ufffd于"), "zh.json: output was decoded wrongly (it holds U+FFFD) (first: row 7)", {"max_dropped": 0}),
+    ("missing id", without("zh.json", 6, "id"), "zh.json: id is missing (first: row 7)", {"max_dropped": 0}),
+    ("duplicate id", row("zh.json", 6, id=5), "zh.json: id stands twice (first: row 6)", {"max_dropped": 0}),
+    ("one row fewer, by id", rows("zh.json", lambda items: items[1:]), "en.json: no partner in|zh.json (first: row 1)", {"max_dropped": 0}),
+    ("one row fewer, by position", rows("zh.json", lambda items: items[1:]), "zh.json: not parallel with|en.json: 19 and 20 rows|the same length", {"join": "position"}),
+    ("joined by ids that are not there", rows("en.json", lambda items: [r.pop("id") for r in items] and items), "en.json: no row has an id ('id')|join: position", {"join": "id"}),
+    ("ids of another table", rows("zh.json", lambda items: [r.update(id=r["id"] + 100) for r in items] and items), "zh.json: 40 of 40 rows unusable|no partner in"),
+    ("an example twice", all_of(rows("zh.json", lambda i: i + [i[3] | {"id": 99}]), rows("en.json", lambda i: i + [i[3] | {"id": 99}])), "en.json: the example stands there twice (first: row 21)", {"max_dropped": 0}),
+    ("an answer that runs on", row("zh.json", 6, output="等于十二。" * 200), "zh.json: answer much longer than the English one (first: row 7)", {"max_dropped": 0}),
+    ("too many bad rows", rows("zh.json", lambda items: [r.update(output="") for r in items[:3]] and items), "zh.json: 3 of 20 rows unusable, more than data.max_dropped = 0.05|raise data.max_dropped"),
+    # the study file
+    ("YAML that is none", raw("study.yaml", lambda b: b + b"\n: ["), "study.yaml: not readable as YAML"),
+    ("a list for a study", raw("study.yaml", lambda b: b"- a\n- b\n"), "study.yaml: the file must hold fields and values"),
+    ("an unknown field", study("data", max_lenght=3), "study.yaml: data.max_lenght = 3: unknown field|correct its name"),
+    ("a wrong type", study("train", learning_rate="fast"), "study.yaml: train.learning_rate = 'fast'"),
+    ("an unknown method", study(methods=["dfst"]), "study.yaml: methods.0 = 'dfst': no method of that name; choose from"),
+    ("a language without data", study(languages=["vi"]), "study.yaml: languages: vi has no data as a target language"),
+    ("no English side", study("data", files={"zh": "FOLDER/zh.json"}), "study.yaml: data: `files` needs the English side under the key en"),
+    ("a format unknown", study("data", files={"en": "FOLDER/en.csv", "zh": "FOLDER/zh.json"}), "study.yaml: data.files.en: the file's name must end in .json, .jsonl or .parquet"),
+    ("a share above one", study("data", max_dropped=1.5), "study.yaml: data.max_dropped = 1.5"),
+    ("batches that do not divide", study("train", batch_size=6), "study.yaml: train: batch_size = 6 must be a multiple"),
+    ("layers out of order", study(layers={"i": 5, "j": 2}), "study.yaml: layers: layer i = 5 must lie below layer j = 2"),
+    ("a layer that the model has not", study(layers={"i": 1, "j": 99}), "study.yaml: layers.j = 99: micro-llama has layers 1 to"),
+    ("a launcher that is not there", study("train", launch="none.yaml"), "study.yaml: train.launch = 'none.yaml': no such file"),
+    # SDRRL
+    ("SDRRL's dictionary missing", moved("dictionary.txt", "x"), "sdrrl.dictionaries.zh = |no such file"),
+    ("SDRRL's translations missing", moved("translations.jsonl", "x"), "sdrrl.translations.zh = |no such file"),
+    ("a word without translation", raw("dictionary.txt", lambda b: b + b"three\n"), "dictionary.txt: line 3: 'three' is not an English and a target word|separate the two"),
+    ("a dictionary in another encoding", raw("dictionary.txt", lambda b: b.decode().encode("gb18030")), "sdrrl.dictionaries.zh|not UTF-8|iconv"),
+    ("a translation without its text", raw("translations.jsonl", lambda b: b + b'{"en": "No."}\n'), 'translations.jsonl: line 2: not a JSON object with text in "en" and "translation"|mend'),
+    ("no way to translate", study("sdrrl", translations={}), "sdrrl.translator: none|name a translation model"),
+    ("sentences that are not aligned", study("sdrrl", sentences={"zh": ["FOLDER/sentences.en", "FOLDER/sentences.zh"]}), "sentences.en has 2 lines and|sentences.zh 1|aligned by line"),
+    ("no dictionary for a language", study("sdrrl", dictionaries={}), "sdrrl.dictionaries: none for zh|set sdrrl.code_switch: 0"),
+]  # fmt: skip
+
+
+def one_line(folder: Path) -> str:
+    """What the check before a study says or, where it has nothing to say, the first step of SDRRL."""
+    path = folder / "study.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("FOLDER", str(folder)), encoding="utf-8")
+    try:
+        check(str(path))
+        resources(load_params(path).run("micro-llama", "zh", "sdrrl", 0))
+    except SystemExit as told:
+        assert str(told).startswith("dsft: ")
+        return str(told)
+    except ParamsError as told:
+        return str(told)
+    raise AssertionError("not refused")
+
+
+def broken(good: Path, folder: Path, change, data: dict) -> Path:
+    shutil.copytree(good, folder / "study")
+    change(folder / "study")
+    if data:
+        study("data", **data)(folder / "study")
+    return folder / "study"
+
+
+@pytest.mark.parametrize(("change", "words", "data"), [pytest.param(change, words, (*more, {})[0], id=kind) for kind, change, words, *more in BAD])
+def test_bad_input_is_one_line(good, tmp_path, change, words, data):
+    folder = broken(good, tmp_path, change, data)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "study.yaml"}
+    told = one_line(folder)
+    assert "\n" not in told and len(told) < 1200
+    assert all(word in told for word in words.split("|")), told
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "study.yaml"} == before
+
+
+def test_the_good_folder_is_good(good, tmp_path, capsys):
+    with pytest.raises(AssertionError, match="not refused"):
+        one_line(broken(good, tmp_path, lambda folder: None, {}))
+    assert "1 models, languages zh, 2 methods, 2 runs" in capsys.readouterr().out
+
+
+def test_at_least_forty_kinds():
+    kinds = [kind for kind, *_ in BAD]
+    assert len(set(kinds)) == len(kinds) >= 40 and len(kinds) + len(BROKEN) >= 54
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (raw("zh.json", lambda b: b"\xef\xbb\xbf" + b), "begins with a byte-order mark, which is ignored"),
+        (raw("zh.json", lambda b: b.replace(b"}, ", b"},\r\n")), None),
+        (rows("zh.json", lambda items: [item.pop("input") and None for item in items] and items), None),
+        (rows("zh.json", lambda items: [item.update(id=str(item["id"]), comment="x") for item in items] and items[::-1]), None),
+    ],
+    ids=["byte-order mark", "Windows line ends", "no input at all", "ids as text, another order, more fields"],
+)
+def test_what_does_no_harm_is_read(good, tmp_path, change, said):
+    """It is mended, not refused; what was mended is in the report."""
+    folder = broken(good, tmp_path, change, {})
+    files = {lang: str(folder / f"{lang}.json") for lang in ("en", "zh")}
+    rows, report = parallel_rows(DataParams(source="files", files=files), "zh")
+    assert rows["y_tgt"][:] == [row["output"] for row in CHINESE] and rows["y_en"][:] == [row["output"] for row in ENGLISH]
+    assert report["tables"]["zh"]["notes"] == ([said] if said else [])
