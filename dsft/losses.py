@@ -312,9 +312,12 @@ def dsft_loss(model, batch: dict[str, Tensor], supervisions: Sequence[Supervisio
     supervisions = active(supervisions, find_backbone(model))
     return combine(loss_sums(model, batch, supervisions, path), loss_counts(batch, supervisions), supervisions)
 
-# %% ../nbs/06_losses.ipynb #b91aeedf
+# %% ../nbs/06_losses.ipynb #9ab062ca
 def gradient_norms(model, batch: dict[str, Tensor], supervisions: Sequence[Supervision], path: LossPath = "auto") -> list[float]:
-    """‖∇ λ_s L_s‖₂ over the trainable parameters: what TFT and then each supervision contribute to the gradient on this batch."""
+    """‖∇ λ_s L_s‖₂ over the trainable parameters: what TFT and then each supervision contribute to the gradient on this batch.
+
+    Touches no `.grad`. `model` holds whole parameters: under DDP that is `trainer.model`; one sharded by FSDP does not.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses = loss_sums(model, batch, supervisions, path) / loss_counts(batch, supervisions).clamp_min(1)
     norms = []
