@@ -29,7 +29,7 @@ from .microcosm import World
 from .params import ParamsError, Study, replacing, write_jsonl
 from .prompts import TEMPLATES, Template
 
-# %% ../nbs/10_tasks.ipynb #e8063d97
+# %% ../nbs/10_tasks.ipynb #91833047
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its remarks on models that are passed in memory
 METRICS = {  # the headline metric
     "xquad": "f1", "mlqa": "f1", "mkqa": "f1", "truthfulqa": "mc1",
@@ -48,9 +48,9 @@ def f1_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def mkqa_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """lm-eval `process_results`: F1 by the MKQA scorer, and the same again as `f1_answerable` where the question has a short answer."""
+    """lm-eval `process_results`: F1 by the MKQA scorer; in the real MKQA also as `f1_answerable` where there is an answer, as in the script."""
     value = f1(results[0], _answers(doc), doc["lang"], scorer="mkqa")
-    return {"f1": value} | ({"f1_answerable": value} if doc.get("type") not in ("long_answer", "unanswerable") else {})
+    return {"f1": value} | ({"f1_answerable": value} if doc.get("type") and _answers(doc) != [""] else {})
 
 
 def mc1_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
@@ -136,7 +136,7 @@ def _harness_row(name: str, item: dict[str, Any]) -> dict[str, Any]:
         row = {"mc2_targets_choices": item["choices"], "mc2_targets_labels": labels} | row
     return row
 
-# %% ../nbs/10_tasks.ipynb #76d6e925
+# %% ../nbs/10_tasks.ipynb #bc42e236
 class Task(NamedTuple):
     """One task as lm-eval knows it."""
 
@@ -178,7 +178,8 @@ def _write_task(task: Task, config: dict[str, Any], rows: list[dict[str, Any]], 
 def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
     """Write the study's benchmarks in one language as lm-eval tasks; what there is nothing to ask of is left out, with a printed line.
 
-    `delimiter` is what the model's tokenizer needs between prompt and answer (`answer_delimiter`). Raises `ParamsError`, one line, for benchmark files that are missing or broken (see dsft.benchmark_data).
+    `delimiter` is what the model's tokenizer needs between prompt and answer (`answer_delimiter`). Raises `ParamsError`, one line,
+    for benchmark files that are missing or broken (see dsft.benchmark_data).
     """
     folder, params, template = study.folder("benchmarks", lang), study.evaluation, TEMPLATES[study.data.template]
     tasks = []
@@ -204,7 +205,7 @@ def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
                 tasks.append(_write_task(task, config, rows, study, ["\n"]))
     return tasks
 
-# %% ../nbs/10_tasks.ipynb #6d680575
+# %% ../nbs/10_tasks.ipynb #c73ca8d7
 def _language_model(model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase, study: Study) -> LM:
     params = study.evaluation
     if not isinstance(model, str):
@@ -225,7 +226,8 @@ def _check_lengths(lm: LM, tasks: list[Task]) -> None:
     for task in tasks:
         for row in task.rows:
             if any(len(lm.tok_encode(choice)) > lm.max_length for choice in row.get("choices") or ()):
-                raise ParamsError(f"{task.name}: item {row['id']}: a choice is longer than the {lm.max_length} positions of the model; remove the item")
+                why = f"a choice is longer than the {lm.max_length} positions of the model; remove the item"
+                raise ParamsError(f"{task.name}: item {row['id']}: {why}")
 
 
 def _truncated(lm: LM, samples: list[dict[str, Any]]) -> int:
@@ -306,9 +308,10 @@ def evaluate(
         rows = [_sample(task, s) for s in logged]
         samples += rows
         if truncated := _truncated(lm, logged):
-            print(f"{task.name}: {truncated} of {len(logged)} prompts were longer than the {lm.max_length} positions of the model and lost their beginning")
-        values = results["results"][task.name]
-        found = [(metric.removesuffix(",none"), 100 * value) for metric, value in values.items() if metric.endswith(",none") and "stderr" not in metric]
+            cut = f"{truncated} of {len(logged)} prompts were longer than the {lm.max_length} positions of the model and lost their beginning"
+            print(f"{task.name}: {cut}")
+        values = {key.removesuffix(",none"): value for key, value in results["results"][task.name].items() if key.endswith(",none")}
+        found = [(metric, 100 * value) for metric, value in values.items() if not metric.endswith("_stderr")]
         found += _translation_scores(rows, study.evaluation) if task.dataset == "flores" else []
         for metric, value in found:
             count = sum(metric in s for s in logged) if metric == "f1_answerable" else len(logged)

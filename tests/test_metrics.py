@@ -44,6 +44,13 @@ WORKED = [
     ("mkqa", "fr", "l'eau", ["leau"], 1.0),  # the apostrophe goes before the article could match
     ("mkqa", "it", "Italia", ["talia"], 1.0),  # the article i has no closing word boundary
     ("mkqa", "pt", "o gato", ["gato"], 1.0),
+    ("mkqa", "de", "der Dom des Bischofs", ["Dom"], 2 * 1 / (2 + 1)),
+    ("mkqa", "nl", "het huis", ["een huis"], 1.0),
+    ("mkqa", "sv", "ett hus", ["hus"], 1.0),
+    ("mkqa", "da", "et hus", ["hus"], 1.0),
+    ("mkqa", "no", "ei bok", ["bok"], 1.0),
+    ("mkqa", "fi", "se talo", ["talo"], 1.0),
+    ("mkqa", "ru", "в Москве", ["Москва"], 0.0),  # no rules: another form is another word
     ("mkqa", "hu", "ez egy alma", ["ez alma"], 1.0),
     ("mkqa", "ja", "東京 タワー", ["東京タワー"], 1.0),
     ("mkqa", "th", "ไทย", ["ไ"], 2 * 1 / (3 + 1)),

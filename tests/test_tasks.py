@@ -41,7 +41,7 @@ MKQA = [
     {"example_id": 11, "query": "how big is the sun", "queries": {"zh_cn": "太阳有多大"},
      "answers": {"zh_cn": [{"type": "number_with_unit", "text": "1392000千米", "aliases": ["139万千米"]}]}},
     {"example_id": 12, "query": "how do i sleep well", "queries": {"zh_cn": "怎样睡好觉"}, "answers": {"zh_cn": [{"type": "long_answer", "text": None}]}},
-    {"example_id": 13, "query": "is the moon round", "queries": {"zh_cn": "月亮是圆的吗"}, "answers": {"zh_cn": [{"type": "binary", "text": "是", "aliases": None}]}},
+    {"example_id": 13, "query": "is the moon round", "queries": {"zh_cn": "月亮是圆的吗"}, "answers": {"zh_cn": [{"type": "binary", "text": "yes", "aliases": None}]}},
 ]  # fmt: skip
 TRUTHFUL = [
     {"question": "太阳是什么？", "mc1_targets_choices": ["一颗恒星", "一颗行星", "一盏灯"], "mc1_targets_labels": [1, 0, 0],
@@ -129,6 +129,10 @@ def test_files_become_items(data_dir, name):
 
 def test_mkqa_without_a_short_answer_has_an_empty_reference(data_dir):
     assert load_items("mkqa", "zh", asked(data_dir, "mkqa"))[1]["answers"] == [""]
+
+
+def test_mkqa_yes_is_also_yes_in_the_language(data_dir):
+    assert load_items("mkqa", "zh", asked(data_dir, "mkqa"))[2]["answers"] == ["yes", "是"]
 
 
 def test_mkqa_as_it_is_published_compressed(data_dir):
@@ -241,7 +245,7 @@ BROKEN = [
     ("MKQA without queries", "mkqa", lambda s: lines(change(MKQA, 1, queries=None)), "row 1: queries has no 'zh_cn'"),
     ("MKQA in other languages", "mkqa", lambda s: s.replace("zh_cn", "ko"), "row 0: queries has no 'zh_cn'"),
     ("MKQA's unknown type", "mkqa", lambda s: s.replace("binary", "yesno"), "row 2: type = 'yesno': must be one of entity"),
-    ("MKQA without text", "mkqa", lambda s: s.replace('"是"', "null"), "row 2: answers.zh_cn = None: must be text"),
+    ("MKQA without text", "mkqa", lambda s: s.replace('"yes"', "null"), "row 2: answers.zh_cn = None: must be text"),
     ("null choices", "truthfulqa", lambda s: text(change(TRUTHFUL, 0, mc1_targets_choices=None)), "mc1_targets_choices = None: must be a list"),
     ("null choice", "truthfulqa", lambda s: text(change(TRUTHFUL, 1, mc1_targets_choices=["能", None])), "row 1: mc1_targets_choices = None"),
     ("two true answers", "truthfulqa", lambda s: text(change(TRUTHFUL, 0, mc1_targets_labels=[1, 1, 0])), "must have a single 1"),
