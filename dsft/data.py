@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCRIPT', 'MIN_RANK_CORRELATION', 'LARGE', 'COLUMNS', 'TokenizedExample', 'collate', 'read_table', 'in_language',
-           'check_language', 'row_problem', 'Dropped', 'align', 'parallel_pairs', 'parallel_rows', 'load_parallel',
-           'rows_digest', 'tokenize', 'training_rows', 'training_data', 'check']
+           'foreign', 'check_language', 'row_problem', 'Dropped', 'align', 'parallel_pairs', 'parallel_rows',
+           'load_parallel', 'rows_digest', 'tokenize', 'training_rows', 'training_data', 'check']
 
-# %% ../nbs/04_data.ipynb #bf6040e1
+# %% ../nbs/04_data.ipynb #f21845a2
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -58,7 +59,7 @@ def collate(examples: list[TokenizedExample], pad_token_id: int) -> dict[str, Te
         batch[f"{field}_mask"] = pad_sequence([torch.ones_like(s, dtype=torch.bool) for s in ids], batch_first=True)
     return batch
 
-# %% ../nbs/04_data.ipynb #95aab158
+# %% ../nbs/04_data.ipynb #e7c17aa3
 def _refuse_bytes(path: Path, shown: str) -> list[str]:
     """Notes on the bytes of a JSON file; raises `ParamsError` for what can only be read as nonsense."""
     raw = path.read_bytes()
@@ -113,12 +114,17 @@ def _open(table: Table, field: str) -> tuple[Dataset, list[str]]:
         raise ParamsError(f"{field} = {table.path!r}: no such file; paths are relative to the project's root")
     kind = "parquet" if path.suffix == ".parquet" else "json"
     notes = _refuse_bytes(path, table.shown) if kind == "json" else []
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it would tell in its own words what is told below
     try:
         with _progress(path.stat().st_size > 10_000_000):
             return load_dataset(kind, data_files=str(path), split="train"), notes
     except Exception as error:
         why = _why_unreadable(path) if kind == "json" else " ".join(str(error).split())[:200]
         raise ParamsError(f"{table.shown}: not readable as {kind}: {why}; mend or fetch the file again") from None
+    finally:
+        logger.setLevel(level)
 
 # %% ../nbs/04_data.ipynb #297a8b16
 _TACO = regex.compile(
@@ -152,7 +158,7 @@ def read_table(table: Table, lang: str, field: str = "") -> tuple[list[dict[str,
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
     return [_from_taco(row, lang) for row in rows] if table.format == "taco" else rows, notes
 
-# %% ../nbs/04_data.ipynb #e6512993
+# %% ../nbs/04_data.ipynb #52a71781
 _SCRIPTS = {
     "Han": "zh yue wuu lzh",
     "Arabic": "ar arz ary fa ur ps ckb sd ug",
@@ -194,18 +200,25 @@ def _letters(pattern: regex.Pattern, text: str) -> int:
     return sum(map(len, pattern.findall(text)))
 
 
-def in_language(text: str, lang: str) -> tuple[bool, bool]:
-    """Whether most letters of a text are `lang`'s, and whether any is; (True, True) for an unknown script or a text without letters."""
+def in_language(text: str, lang: str) -> bool:
+    """Whether most letters of a text are `lang`'s; True for an unknown script or a text without letters."""
     script, letters = SCRIPT.get(lang), _letters(_ANY_LETTER, text)
     if script is None or not letters:
-        return True, True
-    own = _letters(_LETTERS[script], text)
+        return True
     accents = len(_ACCENTED.findall(text)) / letters if lang in ("en", "vi") else 0
+    return _letters(_LETTERS[script], text) > letters / 2 and {"en": accents < 0.05, "vi": accents > 0.05}.get(lang, True)
+
+
+def foreign(text: str, lang: str) -> bool:
+    """Whether nothing in a text is `lang`: not a letter of its script, no accent in Vietnamese, every seventh letter accented in English."""
+    script = SCRIPT.get(lang)
+    if script is None or not _ANY_LETTER.search(text):
+        return False
+    if not _LETTERS[script].search(text):
+        return True
     if lang == "vi":
-        return accents > 0.05 and own > letters / 2, accents > 0 or letters < 30
-    if lang == "en":
-        return accents < 0.05 and own > letters / 2, own > 0 and accents < 0.15
-    return own > letters / 2, own > 0
+        return not _ACCENTED.search(text) and _letters(_ANY_LETTER, text) >= 30
+    return lang == "en" and len(accents := _ACCENTED.findall(text)) > 0 and len(accents) > 0.15 * _letters(_ANY_LETTER, text)
 
 
 def check_language(texts: list[str], lang: str) -> tuple[str, str]:
@@ -215,7 +228,7 @@ def check_language(texts: list[str], lang: str) -> tuple[str, str]:
         return f"not checked: no script is known for language {lang!r}", ""
     script = SCRIPT[base]
     sample = texts[:: max(1, len(texts) // 2000)]
-    share = sum(in_language(text, base)[0] for text in sample) / len(sample)
+    share = sum(in_language(text, base) for text in sample) / len(sample)
     looked = f"{100 * share:.0f} % of the rows are mostly in {script} letters{dict(vi=' with Vietnamese accents', en=' without accents').get(base, '')}"
     if share < 0.5:
         text = " ".join(sample)
@@ -229,7 +242,7 @@ def check_language(texts: list[str], lang: str) -> tuple[str, str]:
             return looked, f"{100 * small:.0f} % of its words are small English words: it is {'not ' if base == 'en' else ''}English"
     return looked, ""
 
-# %% ../nbs/04_data.ipynb #53ae9547
+# %% ../nbs/04_data.ipynb #99b363b3
 def row_problem(row: dict[str, Any], lang: str, data: DataParams) -> str:
     """Why a row of one language cannot be used, "" when it can."""
     for name in ("instruction", "input", "output"):
@@ -246,11 +259,11 @@ def row_problem(row: dict[str, Any], lang: str, data: DataParams) -> str:
             return f"{name} has more than {data.max_characters} characters"
         if "\ufffd" in value:
             return f"{name} was decoded wrongly (it holds U+FFFD)"
-    if data.check_language and not in_language(f"{row['instruction']} {row['input'] or ''} {row['output']}", lang.replace("_", "-").split("-")[0])[1]:
+    if data.check_language and foreign(f"{row['instruction']} {row['input'] or ''} {row['output']}", lang.replace("_", "-").split("-")[0]):
         return f"not a letter of {lang}"
     return ""
 
-# %% ../nbs/04_data.ipynb #74d6946f
+# %% ../nbs/04_data.ipynb #d440c389
 MIN_RANK_CORRELATION = 0.4  # of the lengths of parallel questions; judged from 30 examples on
 
 
@@ -330,7 +343,7 @@ def align(data: DataParams, lang: str) -> tuple[list[tuple[str, dict, dict]], di
     keys = {name: _keys(tables[name], shown[name], by_id, dropped) for name in names}
     total = sum(len(rows) for rows in tables.values()) - (len(keys[lang].keys() & keys["en"].keys()) if lang != "en" else 0)
     for name, other in ((lang, "en"), ("en", lang)) if len(names) == 2 else ():
-        for key in keys[name].keys() - keys[other].keys():
+        for key in [key for key in keys[name] if key not in keys[other]]:
             dropped.add(f"{shown[name]}: no partner in {shown[other]}", keys[name][key] + 1, f"id {key}")
     pairs, seen = [], {}
     for key, n in keys["en"].items():
@@ -525,7 +538,7 @@ def training_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset
         raise ParamsError(f"{what}, more than data.max_dropped = {limit:g}; raise one of the two")
     return rows, examples
 
-# %% ../nbs/04_data.ipynb #242ed5b8
+# %% ../nbs/04_data.ipynb #01561850
 @call_parse
 def check(
     study: str,  # the name of a study in params/, or the path of a YAML file
@@ -535,8 +548,9 @@ def check(
     try:
         loaded = load_params(study)
         files = {lang: table for lang, table in loaded.data.files.items() if table.path}
+        mixes = [m.name for m in loaded.every_method.values() if m.data == "sdrrl" and loaded.data.source == "files"]
         needed = {f"data.files.{lang}": table.path for lang, table in files.items()}
-        if loaded.data.source == "files" and any(m.data == "sdrrl" for m in loaded.every_method.values()):
+        if mixes:
             mix = loaded.sdrrl
             needed |= {f"sdrrl.dictionaries.{lang}": path for lang, path in mix.dictionaries.items() if mix.code_switch}
             needed |= {f"sdrrl.translations.{lang}": path for lang, path in mix.translations.items()}
@@ -550,6 +564,11 @@ def check(
                 parallel_rows(loaded.data, lang)
             elif lang in files:
                 read_table(files[lang], lang)
+        if mixes and not absent:
+            from dsft.sdrrl import resources  # it builds on this module
+
+            for lang in loaded.languages:
+                resources(loaded.run(next(iter(loaded.models)), lang, mixes[0], 0), load_translator=False)
         if not plan:
             from dsft.benchmark_data import check_benchmarks  # it builds on this module
 

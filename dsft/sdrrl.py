@@ -177,7 +177,7 @@ def translator(run: Run) -> Callable[[list[str]], list[str]]:
 
     return translate_once
 
-# %% ../nbs/12_sdrrl.ipynb #ddb99042
+# %% ../nbs/12_sdrrl.ipynb #65a60617
 class Resources(NamedTuple):
     """What the mix needs besides the examples, in the run's language."""
 
@@ -186,8 +186,11 @@ class Resources(NamedTuple):
     translate: Callable[[list[str]], list[str | None]]  # English answers -> translations, None where there is none
 
 
-def resources(run: Run) -> Resources:
-    """Dictionary, parallel sentences and translations for a run; raises `ParamsError`, one line, for what is missing."""
+def resources(run: Run, load_translator: bool = True) -> Resources:
+    """Dictionary, parallel sentences and translations for a run; raises `ParamsError`, one line, for what is missing.
+
+    `load_translator=False` checks the rest without the translation model, which then translates nothing.
+    """
     params, lang = run.study.sdrrl, run.lang
     known = _read_translations(params.translations[lang], lang) if lang in params.translations else {}
     sentences = _aligned_sentences(params.sentences[lang], lang) if lang in params.sentences else None
@@ -200,7 +203,7 @@ def resources(run: Run) -> Resources:
     if not (params.translator or known):
         raise ParamsError("sdrrl.translator: none, but the model's own answers must be translated; name a translation model, or give sdrrl.translations")
     dictionary = read_dictionary(params.dictionaries[lang], f"sdrrl.dictionaries.{lang}") if params.code_switch else {}
-    more = translator(run) if params.translator else lambda texts: [None] * len(texts)
+    more = translator(run) if params.translator and load_translator else lambda texts: [None] * len(texts)
 
     def translate(texts: list[str]) -> list[str | None]:
         unknown = sorted({t for t in texts if t not in known})

@@ -14,8 +14,7 @@ import yaml
 from test_tasks import BROKEN, data_dir, test_a_broken_file_is_one_line  # noqa: F401
 
 from dsft.data import check, parallel_rows
-from dsft.params import DataParams, ParamsError, load_params
-from dsft.sdrrl import resources
+from dsft.params import DataParams
 
 ENGLISH = [{"id": n, "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
 CHINESE = [{"id": n, "instruction": f"{n}加{n}等于几?", "input": "", "output": f"等于{2 * n}。"} for n in range(20)]
@@ -165,16 +164,13 @@ BAD = [
 
 
 def one_line(folder: Path) -> str:
-    """What the check before a study says or, where it has nothing to say, the first step of SDRRL."""
+    """What the check before a study says."""
     path = folder / "study.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("FOLDER", str(folder)), encoding="utf-8")
     try:
         check(str(path))
-        resources(load_params(path).run("micro-llama", "zh", "sdrrl", 0))
     except SystemExit as told:
         assert str(told).startswith("dsft: ")
-        return str(told)
-    except ParamsError as told:
         return str(told)
     raise AssertionError("not refused")
 
