@@ -136,7 +136,7 @@ def _harness_row(name: str, item: dict[str, Any]) -> dict[str, Any]:
         row = {"mc2_targets_choices": item["choices"], "mc2_targets_labels": labels} | row
     return row
 
-# %% ../nbs/10_tasks.ipynb #bc42e236
+# %% ../nbs/10_tasks.ipynb #eb6ac381
 class Task(NamedTuple):
     """One task as lm-eval knows it."""
 
@@ -156,7 +156,11 @@ class Task(NamedTuple):
 def _microcosm_rows(name: str, lang: str, study: Study, template: Template) -> dict[str, list[dict[str, Any]]]:
     """The rows of a generated benchmark by direction."""
     rows: dict[str, list[dict[str, Any]]] = {direction: [] for direction in directions(name, lang)}
-    for item in World().benchmark(name, study.evaluation.items or 500, BENCHMARK_SEED) if rows else ():
+    try:
+        items = World().benchmark(name, study.evaluation.items or 500, BENCHMARK_SEED) if rows else []
+    except ValueError as error:
+        raise ParamsError(f"evaluation: the microcosm cannot make {name}: {error}") from None
+    for item in items:
         for direction in rows:
             fields = dict(item[direction])
             about = {key: item[key] for key in ("id", "relation", "seen")}
@@ -205,7 +209,7 @@ def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
                 tasks.append(_write_task(task, config, rows, study, ["\n"]))
     return tasks
 
-# %% ../nbs/10_tasks.ipynb #c73ca8d7
+# %% ../nbs/10_tasks.ipynb #9bea1d37
 def _language_model(model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase, study: Study) -> LM:
     params = study.evaluation
     if not isinstance(model, str):
@@ -244,11 +248,14 @@ def _truncated(lm: LM, samples: list[dict[str, Any]]) -> int:
 
 
 def _translation_scores(samples: list[dict[str, Any]], params) -> list[tuple[str, float | None]]:
-    """spBLEU and COMET of the translations; None, with a printed line, for what is not available."""
-    predictions, references = [s["prediction"] for s in samples], [s["reference"] for s in samples]
-    scorers = {"spbleu": lambda: spbleu(predictions, references)}
-    if all("source" in s for s in samples):
-        scorers["comet"] = lambda: comet([s["source"] for s in samples], predictions, references, params.comet)
+    """spBLEU and COMET of the translations; None, with a printed line, for what is not available.
+
+    Not for the microcosm (it gives no source sentences): what it scores must not depend on a connection.
+    """
+    if not all("source" in s for s in samples):
+        return []
+    sources, predictions, references = ([s[key] for s in samples] for key in ("source", "prediction", "reference"))
+    scorers = {"spbleu": lambda: spbleu(predictions, references), "comet": lambda: comet(sources, predictions, references, params.comet)}
     scores = []
     for metric, scorer in scorers.items():
         try:
