@@ -9,7 +9,6 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore:IProgress not found
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
-export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
 SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete
 
 .PHONY: study study-plan test lab bases readme bench
