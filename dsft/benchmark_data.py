@@ -135,7 +135,7 @@ def translation(row: dict[str, Any], lang: str) -> dict[str, Any]:
     """FLORES-200 and other aligned texts: source and its translation, target."""
     return {"source": _text(row, "source"), "answers": [_text(row, "target")]}
 
-# %% ../nbs/10_benchmark_data.ipynb #c8346455
+# %% ../nbs/10_benchmark_data.ipynb #6a033031
 def read_squad(text: str) -> list[dict[str, Any]]:
     """SQuAD's JSON: articles of paragraphs of questions."""
     try:
@@ -156,7 +156,7 @@ def read_json(text: str) -> list[dict[str, Any]]:
 def read_jsonl(text: str) -> list[dict[str, Any]]:
     """One JSON object a line."""
     rows = []
-    for n, line in enumerate(text.splitlines()):
+    for n, line in enumerate(line for line in text.split("\n") if line.strip()):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

@@ -136,7 +136,7 @@ def _harness_row(name: str, item: dict[str, Any]) -> dict[str, Any]:
         row = {"mc2_targets_choices": item["choices"], "mc2_targets_labels": labels} | row
     return row
 
-# %% ../nbs/10_tasks.ipynb #eb6ac381
+# %% ../nbs/10_tasks.ipynb #7f393f7e
 class Task(NamedTuple):
     """One task as lm-eval knows it."""
 
@@ -150,7 +150,7 @@ class Task(NamedTuple):
     def rows(self) -> list[dict[str, Any]]:
         """The rows that the task reads."""
         path = self.folder / f"{self.name}.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]  # other line ends are text
 
 
 def _microcosm_rows(name: str, lang: str, study: Study, template: Template) -> dict[str, list[dict[str, Any]]]:

@@ -387,6 +387,13 @@ def test_our_prompt_in_the_alpaca_template(data_dir, tmp_path):
     assert [row["label"] for row in task.rows] == [1, 2, 0]
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\x85"])
+def test_only_a_newline_ends_a_row(data_dir, tmp_path, end):
+    (data_dir / PLACE["mkqa"]).write_text(lines(MKQA).replace("太阳有多大", f"太阳{end}有多大"), encoding="utf-8")
+    (task,) = tasks.write_tasks(study_on(data_dir, tmp_path, "mkqa"), "zh")
+    assert len(as_lm_eval_asks(task)) == len(task.rows) == 3 and f"太阳{end}有多大" in as_lm_eval_asks(task)[0][0]
+
+
 def test_what_does_not_exist_is_said(data_dir, tmp_path, capsys):
     study = study_on(data_dir, tmp_path, "xcopa", "xstorycloze", "mkqa", prompt=("dsft", "harness"))
     assert [t.name for t in tasks.write_tasks(study, "zh")] == ["xcopa_zh", "xcopa_zh_harness", "xstorycloze_zh", "xstorycloze_zh_harness", "mkqa_zh"]
