@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from dsft import data as dsft_data
 from dsft.data import TokenizedExample, check_language, collate, load_parallel, parallel_rows, rows_digest, tokenize
-from dsft.params import DataParams, ParamsError, load_params
+from dsft.params import DataParams, ParamsError, from_hub, load_params
 from dsft.prompts import TEMPLATES
 
 ENGLISH = [{"id": f"a-{n}", "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
@@ -239,6 +239,56 @@ def test_every_method_trains_on_real_alpaca(train_on_alpaca, method, lang):
     assert transformers.AutoModelForCausalLM.from_pretrained(run.trained).num_parameters() == trainer.model.num_parameters()
     if method == "sdrrl":
         assert set(report["tasks"]) == {"question", "translation", "completion"}
+
+
+# ---- the hub
+def raised(name: str) -> Exception:
+    """An error as the library raises it, inside one of transformers' as it arrives here."""
+    import httpx
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors
+
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/x"))
+    inner = {
+        "gated": lambda: errors.GatedRepoError("Cannot access gated repo", response=response),
+        "unknown": lambda: errors.RepositoryNotFoundError("404 Client Error", response=response),
+        "unknown data": lambda: DatasetNotFoundError("Dataset 'x/y' doesn't exist on the Hub or cannot be accessed."),
+        "offline": lambda: errors.OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled."),
+        "no connection": lambda: httpx.ConnectError("[Errno -2] Name or service not known"),
+        "not cached": lambda: errors.LocalEntryNotFoundError("Cannot find the requested files in the disk cache"),
+        "no such configuration": lambda: ValueError("BuilderConfig 'xx' not found.\nAvailable: ['af', 'ar']"),
+    }[name]()
+    outer = OSError("Could not load it.\nCheck your internet connection or see the documentation.")
+    outer.__cause__ = inner
+    return outer if name != "no such configuration" else inner
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gated", "is gated: accept its terms at https://huggingface.co/x/y, then `hf auth login`"),
+        ("unknown", "no such model on the hub, and no such folder; correct the name"),
+        ("unknown data", "no such model on the hub"),
+        ("offline", "the hub cannot be reached: go online (is HF_HUB_OFFLINE set?), or run `hf download x/y`"),
+        ("no connection", "the hub cannot be reached"),
+        ("not cached", "the hub cannot be reached"),
+        ("no such configuration", "BuilderConfig 'xx' not found. Available: ['af', 'ar']"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(name, said):
+    with pytest.raises(ParamsError) as error, from_hub("x/y", "model", "models.m.path"):
+        raise raised(name)
+    assert str(error.value).startswith("models.m.path = 'x/y': ") and said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_connection_is_one_line_from_the_libraries_themselves(monkeypatch):
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    files = {lang: {"hub": "MBZUAI/Bactrian-X", "name": lang} for lang in ("en", "vi")}
+    with pytest.raises(ParamsError, match=r"data.files.vi = 'MBZUAI/Bactrian-X': the hub cannot be reached: .*hf download MBZUAI/Bactrian-X --repo-type dataset"):
+        load_parallel(DataParams(source="files", files=files), "vi")
+    with pytest.raises(ParamsError, match="the hub cannot be reached"), from_hub("no-such/model-here"):
+        transformers.AutoTokenizer.from_pretrained("no-such/model-here")
 
 
 # ---- plans
