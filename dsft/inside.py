@@ -81,7 +81,7 @@ def cosine_gap(en: np.ndarray, tgt: np.ndarray) -> float:
     parallel = np.trace(cosines) / len(en)
     return float(parallel - (cosines.sum() - np.trace(cosines)) / (cosines.size - len(en)))
 
-# %% ../nbs/13_inside.ipynb #5fea23a5
+# %% ../nbs/13_inside.ipynb #c16c981b
 QUESTIONS = ("xquad", "mlqa", "mkqa")  # benchmarks with generated answers; the first that the study has is used
 
 
@@ -93,8 +93,8 @@ def parallel_questions(study: Study, lang: str, limit: int) -> tuple[str, list[d
     for name in (q for q in QUESTIONS if q in study.evaluation.benchmarks):
         files = {side: study.folder("benchmarks", language, f"{name}_{language}.jsonl") for side, language in (("tgt", lang), ("en", "en"))}
         if all(file.exists() for file in files.values()):
-            rows = {side: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for side, file in files.items()}
-            by_id = {side: {row["id"]: row for row in found if row["answers"]} for side, found in rows.items()}
+            rows = {side: [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] for side, file in files.items()}
+            by_id = {side: {row["id"]: row for row in found if row["answers"][0]} for side, found in rows.items()}
             both = [key for key in by_id["tgt"] if key in by_id["en"]]
             if both:
                 return name, [{side: by_id[side][key] for side in by_id} for key in both[:limit]]
