@@ -332,7 +332,7 @@ def verdict(comparison: pd.DataFrame) -> str:
         lines.append(line)
     return "\n".join(lines) or "There are no two fine-tuned methods to compare in these runs."
 
-# %% ../nbs/11_report.ipynb #a9327e6b
+# %% ../nbs/11_report.ipynb #006229c8
 def markdown_table(table: pd.DataFrame) -> str:
     """A data frame as a Markdown table; floats with two digits, missing values empty."""
     def text(value) -> str:
@@ -395,7 +395,7 @@ def caption(summary: pd.DataFrame, published_as: dict[str, str | None] | None = 
     text = f"In percent; {spread} of fine-tuning; {_span(summary['items'])} items per benchmark and language. "
     chance = summary.dropna(subset="chance").drop_duplicates("dataset")
     if len(chance):
-        levels = [f"{DATASETS.get(dataset, dataset)} {value:g}" for dataset, value in zip(chance["dataset"], chance["chance"])]
+        levels = [f"{DATASETS.get(dataset, dataset)} {value:.3g}" for dataset, value in zip(chance["dataset"], chance["chance"])]
         text += f"Chance: {', '.join(levels)}. "
     text += "Bold: the best fine-tuned method of a model and column."
     if comparison is not None and comparison["p"].notna().any():
@@ -434,7 +434,7 @@ def on_target(table: pd.DataFrame) -> pd.DataFrame:
     asked = {(lang, target) for lang, target in pairs.itertuples(index=False) if target in lang.split("-")}
     return table[[pair in asked for pair in zip(table["lang"], table["target"])]]
 
-# %% ../nbs/11_report.ipynb #0d6e542a
+# %% ../nbs/11_report.ipynb #4ea7e6c8
 BASELINES = ("tft", "tft_compute", "tft_en")
 
 
@@ -455,6 +455,8 @@ def paper_table(
     for prompt in study.evaluation.prompt[1:]:
         results = load_results(study, prompt)
         write_csv(results, study.figures_folder() / f"results_{prompt}.csv")
+        if not results["dataset"].isin(datasets).any():
+            continue
         other = summarise(chosen(results), study.published_as)
         write_csv(other[TABLE_COLUMNS].round(4), study.figures_folder() / f"{name}_{prompt}.csv")
         text += f"\n\nThe same models asked with other prompts ({prompt}):\n\n" + paper_layout(other) + "\n\n" + caption(other, study.published_as)
