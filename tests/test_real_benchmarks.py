@@ -1,5 +1,6 @@
 """The real pieces of the benchmarks, read whole, and a few items of each asked by the same tasks as at the scale of the paper."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,18 @@ def test_what_the_items_say():
     assert len(same[0]) == 50 and all(ids == same[0] for ids in same)
     kinds = [item["type"] for item in load_items("mkqa", "zh", params(("mkqa",)))]
     assert [k for k in kinds if k in ("long_answer", "unanswerable")] == ["long_answer", "unanswerable", "unanswerable"]
+
+
+@real
+@pytest.mark.parametrize(("code", "lang"), [("cmn", "zh"), ("vie", "vi"), ("ara", "ar")])
+def test_any_aligned_texts_can_be_translated(tmp_path, code, lang):
+    (tmp_path / "flores").mkdir()
+    for ending, name in (("eng", "en"), (code, lang)):
+        shutil.copy(REAL / "tatoeba" / f"tatoeba.{code}-eng.{ending}", tmp_path / "flores" / f"{name}.dev")
+    evaluation = EvalParams(benchmarks=("flores",), source="files", data_dir=str(tmp_path), splits={"flores": "dev"})
+    there, back = (load_items("flores", direction, evaluation) for direction in (f"en-{lang}", f"{lang}-en"))
+    assert len(there) == len(back) == 1000
+    assert all(a["source"] == b["answers"][0] and b["source"] == a["answers"][0] for a, b in zip(there, back))
 
 
 def ask(tmp_path, evaluation, langs):
