@@ -198,7 +198,7 @@ def last_complete_checkpoint(directory: str | Path) -> str | None:
         return str(folder)
     return None
 
-# %% ../nbs/07_trainer.ipynb #d392a828
+# %% ../nbs/07_trainer.ipynb #314c612a
 def training_arguments(run: Run) -> TrainingArguments:
     """The study's recipe for this run. The batch is divided over the processes of this launch, the rest is accumulated.
 
@@ -247,7 +247,8 @@ def fine_tune(run: Run) -> DSFTTrainer:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **low_rank))
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    _, examples = training_data(run, tokenizer)
+    with arguments.main_process_first(desc="data"):  # what it tokenised the others find in the cache
+        _, examples = training_data(run, tokenizer)
     trainer = DSFTTrainer(
         model, arguments, run.supervisions, recipe.loss_path, train_dataset=examples, processing_class=tokenizer
     )
