@@ -427,14 +427,14 @@ def write_table(table: pd.DataFrame, folder: str | Path, name: str, text: str | 
     with replacing(Path(folder) / f"{name}.md") as temporary:
         temporary.write_text((text or markdown_table(table)) + "\n", encoding="utf-8")
 
-# %% ../nbs/14_report.ipynb #c09edd89
+# %% ../nbs/14_report.ipynb #2fcd0e46
 def on_target(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `load_results` or `load_items` that were asked in the target language of the run, or translate from or into it."""
     pairs = table[["lang", "target"]].drop_duplicates()
     asked = {(lang, target) for lang, target in pairs.itertuples(index=False) if target in lang.split("-")}
-    return table[[pair in asked for pair in zip(table["lang"], table["target"])]]
+    return table[np.array([pair in asked for pair in zip(table["lang"], table["target"])], dtype=bool)]
 
-# %% ../nbs/14_report.ipynb #4ea7e6c8
+# %% ../nbs/14_report.ipynb #61ecea7e
 BASELINES = ("tft", "tft_compute", "tft_en")
 
 
@@ -444,13 +444,16 @@ def paper_table(
     """Write <name>.csv and .md and <name>_against_tft.csv and .md to figures/<study>/; returns the text (Markdown) and the comparison.
 
     Of the scores in the language a run was trained for: those of `datasets`, and of `methods` and `targets` if they are given. Where the
-    study also asks with other prompts, their table stands below, and in <name>_<prompt>.csv.
+    study also asks with other prompts, their table stands below, and in <name>_<prompt>.csv. Where it has none of `methods` but TFT, the
+    text says so and nothing is written.
     """
     def chosen(table: pd.DataFrame) -> pd.DataFrame:
         table = on_target(table[table["dataset"].isin(datasets)])
         return table[table["method"].isin(methods or table["method"]) & table["target"].isin(targets or table["target"])]
 
     summary, comparison = summarise(chosen(load_results(study)), study.published_as), compare(chosen(load_items(study)), BASELINES)
+    if methods and set(summary["method"]) <= {"tft"}:
+        return f"Study {study.name} has no runs of {', '.join(m for m in methods if m != 'tft')} on these benchmarks.", comparison
     text = paper_layout(summary, comparison) + "\n\n" + caption(summary, study.published_as, comparison)
     for prompt in study.evaluation.prompt[1:]:
         results = load_results(study, prompt)

@@ -173,4 +173,7 @@ def test_a_study_without_these_runs_says_so(project):
     shown = {name: analyse(project, name, "narrow") for name in NEEDING_SWEEPS}
     for name in ("figure3", "layers", "data_size", "readings"):
         assert "Study narrow has no runs" in shown[name]
-    assert "**C2** (ET brings more than LC): not tested" in shown["claims"] and "supported" not in shown["claims"]
+    assert "Study narrow has no runs of lc_logits" in shown["table3"] and "Study narrow has no runs of lc_logits" in shown["table4"]
+    assert "**C2** (ET brings more than LC): not tested" in shown["claims"]
+    written = {path.stem for path in (project / "figures" / "narrow").iterdir()}
+    assert written == {"claims", "figure4", "figure4_counted", "inside"}  # and nothing about what was not run
