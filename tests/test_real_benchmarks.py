@@ -66,12 +66,11 @@ def test_any_aligned_texts_can_be_translated(tmp_path, code, lang):
     assert all(a["source"] == b["answers"][0] and b["source"] == a["answers"][0] for a, b in zip(there, back))
 
 
-def ask(tmp_path, evaluation, langs):
-    base = ROOT / "models" / "micro-llama"
+def ask(tmp_path, evaluation, langs, folder=ROOT / "models" / "micro-llama"):
     study = load_params("smoke").model_copy(update={"runs": str(tmp_path), "evaluation": evaluation})
     study = study.model_copy(update={"data": study.data.model_copy(update={"template": "alpaca"})})
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    return tasks.evaluate(model, transformers.AutoTokenizer.from_pretrained(base), study, langs)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return tasks.evaluate(model, transformers.AutoTokenizer.from_pretrained(folder), study, langs)
 
 
 @real
@@ -83,6 +82,17 @@ def test_a_few_items_are_asked_both_ways(tmp_path, lang):
     asked = {(s["dataset"], s["prompt"], s["items"]) for s in scores if s["metric"] == tasks.METRICS[s["dataset"]]}
     assert asked == {(name, prompt, 3) for name in names for prompt in ("dsft", "harness") if (name, prompt) != ("mkqa", "harness")}
     assert all(0 <= s["value"] <= 100 for s in scores) and len(samples) == 3 * len(asked)
+
+
+@real
+@pytest.mark.parametrize("method", ["tft", "dsft_logits"])
+def test_a_model_fine_tuned_on_real_alpaca_is_asked_every_benchmark(tmp_path, train_on_alpaca, method):
+    run, _ = train_on_alpaca("zh", method)
+    names = tuple(name for name in COUNTS if "zh" in COUNTS[name])
+    scores, _ = ask(tmp_path / "real", params(names, items=3, batch_size=6, max_new_tokens=8), ("zh",), run.trained)
+    more, _ = ask(tmp_path / "ours", params(("xstorycloze", "flores"), OURS, max_translation_tokens=8), ("zh",), run.trained)
+    asked = {(s["dataset"], s["lang"]): s["items"] for s in scores + more if s["metric"] == tasks.METRICS[s["dataset"]]}
+    assert asked == {(name, "zh"): 3 for name in names} | {("xstorycloze", "zh"): 5, ("flores", "en-zh"): 6, ("flores", "zh-en"): 6}
 
 
 @pytest.mark.parametrize("prompt", ["dsft", "harness"])
