@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .microcosm import World
-from .params import DataParams, ParamsError, Run, Table, from_hub, load_params, project_root, write_json
+from .params import DataParams, ParamsError, Run, Table, from_hub, load_params, project_root, read_rows, write_json
 from .prompts import TEMPLATES
 
 # %% ../nbs/04_data.ipynb #a2e36250
@@ -83,7 +83,7 @@ def _refuse_bytes(path: Path, shown: str) -> list[str]:
 def _why_unreadable(path: Path) -> str:
     """Where a JSON or JSON Lines file breaks, as `line n: why`."""
     text = path.read_text(encoding="utf-8-sig")
-    documents = text.splitlines() if path.suffix == ".jsonl" else [text]
+    documents = text.split("\n") if path.suffix == ".jsonl" else [text]  # other line ends of Unicode are text
     for number, document in enumerate(documents, 1):
         try:
             document.strip() and json.loads(document)
@@ -518,7 +518,7 @@ def training_rows(run: Run) -> tuple[Dataset, dict[str, Any]]:
     if not run.mix_file.exists():
         remedy = f"papermill nbs/experiments/distill.ipynb out.ipynb -p study {run.study.name} -p model {run.model} -p lang {run.lang} -p method {run.method.name} -p seed {run.seed}"
         raise ParamsError(f"{run.mix_file}: the training mix is not there; make it with: {remedy}")
-    lines = [json.loads(line) for line in run.mix_file.read_text(encoding="utf-8").splitlines()]
+    lines = read_rows(run.mix_file)
     tasks = dict(Counter(row["task"] for row in lines))
     rows = Dataset.from_list([{name: row[name] for name in COLUMNS} for row in lines])
     return rows, {"source": run.mix_file.name, "lang": run.lang, "examples": len(rows), "tasks": tasks}

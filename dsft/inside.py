@@ -6,7 +6,6 @@
 __all__ = ['QUESTIONS', 'answer_probability', 'pooled_states', 'retrieval', 'cosine_gap', 'parallel_questions', 'look_inside']
 
 # %% ../nbs/13_inside.ipynb #ab348c0f
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import Backbone, find_backbone, hidden_states
-from .params import Study
+from .params import Study, read_rows
 from .selection import logit_lens
 
 # %% ../nbs/13_inside.ipynb #df5a6f0d
@@ -93,7 +92,7 @@ def parallel_questions(study: Study, lang: str, limit: int) -> tuple[str, list[d
     for name in (q for q in QUESTIONS if q in study.evaluation.benchmarks):
         files = {side: study.folder("benchmarks", language, f"{name}_{language}.jsonl") for side, language in (("tgt", lang), ("en", "en"))}
         if all(file.exists() for file in files.values()):
-            rows = {side: [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] for side, file in files.items()}
+            rows = {side: read_rows(file) for side, file in files.items()}
             by_id = {side: {row["id"]: row for row in found if row["answers"][0]} for side, found in rows.items()}
             both = [key for key in by_id["tgt"] if key in by_id["en"]]
             if both:

@@ -6,8 +6,8 @@
 __all__ = ['PositiveInt', 'Rate', 'Share', 'Language', 'Combination', 'BenchmarkName', 'Methods', 'Seeds', 'PACKAGES',
            'ParamsError', 'project_root', 'Part', 'PretrainParams', 'ModelParams', 'Fields', 'Table', 'DataParams',
            'SDRRLParams', 'LoraParams', 'TrainParams', 'EvalParams', 'Layers', 'Sweep', 'Study', 'Run', 'load_params',
-           'num_hidden_layers', 'from_hub', 'replacing', 'write_json', 'write_jsonl', 'digest', 'provenance', 'require',
-           'exclusive']
+           'num_hidden_layers', 'from_hub', 'replacing', 'write_json', 'write_jsonl', 'read_rows', 'digest',
+           'provenance', 'exclusive', 'require']
 
 # %% ../nbs/01_params.ipynb #0e435010
 import hashlib
@@ -57,8 +57,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PretrainParams(Part):
-    """How a microcosm base is made: a decoder of the Llama architecture, trained from scratch on generated text."""
+    """How a microcosm base is made: a small decoder, trained from scratch on generated text."""
 
+    family: Literal["llama", "gemma2"] = "llama"
     num_hidden_layers: PositiveInt = 8
     hidden_size: PositiveInt = 128
     intermediate_size: PositiveInt = 384
@@ -68,6 +69,7 @@ class PretrainParams(Part):
     row_length: PositiveInt = 128  # tokens in a row of a batch
     batch_size: PositiveInt = 32  # rows in a batch
     learning_rate: Rate = 1.5e-3
+    text_weight: Share = 1.0  # weight in the loss of a token that is no answer
     seed: int = 0
     mix: dict[str, float] = {}  # shares of the text that differ from the defaults of dsft.microcosm.Mix
 
@@ -573,6 +575,11 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
+
+def read_rows(path: str | Path) -> list[dict]:
+    """What `write_jsonl` wrote. Only a newline ends a row: other line ends of Unicode are text."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+
 # %% ../nbs/01_params.ipynb #be2a0ae6
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "lm_eval", "papermill", "snakemake", "numpy", "scipy")
 
@@ -613,22 +620,21 @@ def provenance(command: str, started: float, **digests: str) -> dict[str, Any]:
         **digests,
     }
 
-# %% ../nbs/01_params.ipynb #0578f4e4
+# %% ../nbs/01_params.ipynb #07abfa85
+def exclusive(work: str | Path) -> FileLock:
+    """The lock on the folder or file `work`, for `with` or for `acquire()` and `release()`; it falls when its process ends."""
+    work = Path(work)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(work.with_name(f".{work.name}.lock"))
+
+# %% ../nbs/01_params.ipynb #c56d676f
 def require(result: str | Path, notebook: str, **parameters: Any) -> None:
     """Make sure that `result` exists: if not, execute nbs/experiments/<notebook>.ipynb, whose job it is, with these parameters."""
     import papermill  # slow to import, and not needed where Snakemake runs the notebooks
 
     result = Path(result)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(result.with_name(f".{result.name}.lock")):
+    with exclusive(result):
         if not result.exists():
             print(f"{result.name} is not there yet: running {notebook}.ipynb", file=sys.stderr)
             source = project_root() / "nbs" / "experiments" / f"{notebook}.ipynb"
             papermill.execute_notebook(source, result.parent / f"{notebook}.ipynb", parameters, progress_bar=False, cwd=source.parent)
-
-# %% ../nbs/01_params.ipynb #03720c11
-def exclusive(work: str | Path) -> FileLock:
-    """Wait until no other process works in the folder `work`, then hold it until `release()` or the end of this process."""
-    work = Path(work)
-    work.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(work.with_name(f".{work.name}.lock")).acquire().lock

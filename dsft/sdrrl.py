@@ -38,30 +38,29 @@ def rouge_l(answer: str, reference: str) -> float:
         return 1.0
     return _ROUGE.score(reference, answer)["rougeL"].fmeasure
 
-# %% ../nbs/12_sdrrl.ipynb #a77244b3
+# %% ../nbs/12_sdrrl.ipynb #ba639830
 def once(file: Path, prompts: list[str], answer: Callable[[list[str]], list[str]], batch_size: int, desc: str) -> list[str]:
     """The answer to every prompt, taken from `file` (JSON Lines of n, answer) as far as it has them; `answer` maps a batch and is called for the rest.
 
     A last line that was cut off by a kill is ignored. Shows a progress bar on stderr.
     """
-    lock = exclusive(file)
-    done: dict[int, str] = {}
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-            row = json.loads(line)
-            done[row["n"]] = row["answer"]
-        file.write_text("".join(json.dumps({"n": n, "answer": a}, ensure_ascii=False) + "\n" for n, a in done.items()), encoding="utf-8")
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    batches = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
-    with file.open("a", encoding="utf-8") as out, tqdm(total=len(prompts), initial=len(done), desc=desc, file=sys.stderr, dynamic_ncols=True) as bar:
-        for batch in batches:
-            if missing := [n for n in batch if n not in done]:
-                for n, text in zip(missing, answer([prompts[n] for n in missing]), strict=True):
-                    done[n] = text
-                    out.write(json.dumps({"n": n, "answer": text}, ensure_ascii=False) + "\n")
-                out.flush()
-                bar.update(len(missing))
-    lock.release()
+    with exclusive(file):
+        done: dict[int, str] = {}
+        if file.exists():
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
+                row = json.loads(line)
+                done[row["n"]] = row["answer"]
+            file.write_text("".join(json.dumps({"n": n, "answer": a}, ensure_ascii=False) + "\n" for n, a in done.items()), encoding="utf-8")
+        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+        batches = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
+        with file.open("a", encoding="utf-8") as out, tqdm(total=len(prompts), initial=len(done), desc=desc, file=sys.stderr, dynamic_ncols=True) as bar:
+            for batch in batches:
+                if missing := [n for n in batch if n not in done]:
+                    for n, text in zip(missing, answer([prompts[n] for n in missing]), strict=True):
+                        done[n] = text
+                        out.write(json.dumps({"n": n, "answer": text}, ensure_ascii=False) + "\n")
+                    out.flush()
+                    bar.update(len(missing))
     return [done[n] for n in range(len(prompts))]
 
 # %% ../nbs/12_sdrrl.ipynb #da5d908f

@@ -7,7 +7,6 @@ __all__ = ['METRICS', 'TASKS', 'HARNESS', 'f1_results', 'mkqa_results', 'mc1_res
            'answer_delimiter', 'harness_prompt', 'Task', 'write_tasks', 'evaluate']
 
 # %% ../nbs/11_tasks.ipynb #864265c0
-import json
 import logging
 from collections.abc import Sequence
 from importlib.resources import files
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .benchmark_data import BENCHMARK_SEED, BENCHMARKS, directions, load_benchmark, words
 from .metrics import NotAvailable, chrf, comet, f1, spbleu
 from .microcosm import World
-from .params import ParamsError, Study, replacing, write_jsonl
+from .params import ParamsError, Study, read_rows, replacing, write_jsonl
 from .prompts import TEMPLATES, Template
 
 # %% ../nbs/11_tasks.ipynb #91833047
@@ -149,8 +148,7 @@ class Task(NamedTuple):
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows that the task reads."""
-        path = self.folder / f"{self.name}.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]  # other line ends are text
+        return read_rows(self.folder / f"{self.name}.jsonl")
 
 
 def _microcosm_rows(name: str, lang: str, study: Study, template: Template) -> dict[str, list[dict[str, Any]]]:
