@@ -46,6 +46,7 @@ readme: .venv/installed
 
 bases: .venv/installed
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-llama.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro -p model micro-llama
+	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-gemma2.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro-full -p model micro-gemma2
 
 # TRL is needed here only, to compare with.
 .venv/bench: .venv/installed
