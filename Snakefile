@@ -39,6 +39,7 @@ ANALYSES = {
     "layers": ["layers.csv", "layers.md", "layers.png", "layers.svg"],
     "readings": ["readings.csv", "readings.md"],
     "data_size": ["data_size.csv", "data_size.md", "data_size.png", "data_size.svg"],
+    "dial": ["dial.csv", "dial.md", "dial.png", "dial.svg"],
     "claims": ["claims.csv", "claims.md", "claims.png", "claims.svg"],
 }
 
@@ -53,6 +54,8 @@ NEEDS = {
 ANALYSES = {name: files for name, files in ANALYSES.items() if any(re.fullmatch(NEEDS.get(name, ".*"), m) for m in study.every_method)}
 if "flores" not in study.evaluation.benchmarks:
     del ANALYSES["table4"]
+if not study.dial:
+    del ANALYSES["dial"]
 
 # One study at a time: the lock goes when the process goes, however it dies (Snakemake's own lock stays behind a kill).
 if workflow.is_main_process and not workflow.dryrun:

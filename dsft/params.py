@@ -319,6 +319,16 @@ class Study(Part):
         """Name -> method, those of the sweeps included."""
         return {m.name: m for part in (self, *self.sweeps) for m in part.methods}
 
+    @property
+    def dial(self) -> tuple[str, dict[str, float]] | None:
+        """The one knob of the pretraining text that every model sets differently, and model -> setting; None where there is none."""
+        mixes = {name: model.pretrain.mix for name, model in self.models.items() if model.pretrain}
+        for knob in set.intersection(*map(set, mixes.values())) if 1 < len(mixes) == len(self.models) else ():
+            settings = {name: mix[knob] for name, mix in mixes.items()}
+            if len(set(settings.values())) == len(settings):
+                return knob, settings
+        return None
+
     def folder(self, *parts: str) -> Path:
         """A path inside the study's run folder, runs/<study>/..."""
         return (project_root() / self.runs).joinpath(self.name, *parts)

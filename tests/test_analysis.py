@@ -126,6 +126,24 @@ def test_what_supervision_is_worth_in_examples(project):
     assert "DSFT-logits on 600 examples: 63.3; TFT does not reach that with 600" in shown
 
 
+def test_the_dial(project):
+    recipe = "pretrain: {mix: {english: 0.5, code_switch: %s}}"
+    study = STUDY.split("sweeps")[0].replace("  m: {path: nowhere/m}", f"  a:\n    {recipe % 0.0}\n  b:\n    {recipe % 0.5}")
+    (project / "params" / "turned.yaml").write_text(study.replace("sft, tft, dsft_logits, dsft_feature", "tft, dsft_logits"))
+    for model, methods in {"a": {"dsft_logits": "dsft_logits"}, "b": {"dsft_logits": "dsft_logits_at2_3"}}.items():
+        for method, source in ({"base": "base", "tft": "tft"} | methods).items():
+            for file in (project / "runs" / "wide" / "m" / "zh" / source).rglob("*.js*"):
+                place = project / "runs" / "turned" / model / "zh" / method / file.parent.name
+                place.mkdir(parents=True, exist_ok=True)
+                text = file.read_text().replace('"wide"', '"turned"').replace('"model": "m"', f'"model": "{model}"').replace(f'"{source}"', f'"{method}"')
+                (place / file.name).write_text(text)
+    shown = analyse(project, "dial", "turned")
+    assert "DSFT-logits against TFT, in points by code_switch: +16.7 at 0 (the interval excludes 0), +0.0 at 0.5." in shown
+    assert "retrieval in the base: 0.50, 0.50." in shown and "English answer in the base: 0.50, 0.50." in shown
+    table = pd.read_csv(project / "figures/turned/dial.csv")
+    assert table.query("method == 'tft'")["score"].tolist() == pytest.approx([140 / 3, 140 / 3], abs=0.01)
+
+
 def test_inside(project):
     shown = analyse(project, "inside")
     assert "TFT: the English answer is likeliest at layer 2 (0.500), the target answer at layer 3 (0.900); from layer 3 on the target answer" in shown
@@ -157,7 +175,7 @@ def test_claims(project):
     assert (table["low"] <= table["effect"]).all() and (table["effect"] <= table["high"]).all()
 
 
-NEEDING_SWEEPS = ["table3", "table4", "figure3", "layers", "readings", "data_size", "inside", "figure4", "claims"]
+NEEDING_SWEEPS = ["table3", "table4", "figure3", "layers", "readings", "data_size", "dial", "inside", "figure4", "claims"]
 
 
 def test_a_study_without_these_runs_says_so(project):
@@ -173,6 +191,7 @@ def test_a_study_without_these_runs_says_so(project):
     shown = {name: analyse(project, name, "narrow") for name in NEEDING_SWEEPS}
     for name in ("figure3", "layers", "data_size", "readings"):
         assert "Study narrow has no runs" in shown[name]
+    assert "Study narrow has no dial" in shown["dial"]
     assert "Study narrow has no runs of lc_logits" in shown["table3"] and "Study narrow has no runs of lc_logits" in shown["table4"]
     assert "**C2** (ET brings more than LC): not tested" in shown["claims"]
     written = {path.stem for path in (project / "figures" / "narrow").iterdir()}
