@@ -27,7 +27,7 @@ RUN = f"{folder}/{{model}}/{{lang}}/{{method}}/seed{{seed}}"
 # What each analysis notebook writes to figures/<study>/.
 ANALYSES = {
     "figure1": ["figure1.png", "figure1.svg"],
-    "figure2": ["figure2.png", "figure2.svg", "entropy.csv"],
+    "figure2": ["figure2.png", "figure2.svg", "entropy.csv", "entropy_tokens.csv"],
     "table1": ["table1.csv", "table1.md", "table1_against_tft.csv", "table1_against_tft.md", "results.csv", "items.parquet", "provenance.json"],
     "table2": ["table2.csv", "table2.md", "table2_against_tft.csv", "table2_against_tft.md"],
     "table3": ["table3.csv", "table3.md", "table3_against_tft.csv", "table3_against_tft.md"],

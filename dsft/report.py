@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['REMEDY', 'RESULT_COLUMNS', 'ITEM_COLUMNS', 'INSIDE_COLUMNS', 'ENTROPY_COLUMNS', 'TABLE_COLUMNS', 'CELL', 'QA', 'NLU',
            'TRANSLATION', 'DATASETS', 'LANGUAGES', 'METRICS', 'DRAWS', 'COMPARISON_COLUMNS', 'BASELINES',
-           'MAIN_METRICS', 'Score', 'Metrics', 'LayerEntropy', 'InsideRow', 'Inside', 'load_results', 'load_items',
-           'load_entropy', 'load_inside', 'method_name', 'in_order', 'published_numbers', 'summarise', 'bootstrap',
-           'holm', 'compare', 'verdict', 'markdown_table', 'paper_layout', 'caption', 'write_items', 'write_csv',
-           'write_table', 'on_target', 'paper_table', 'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'contrast',
-           'figure_style', 'save_figure', 'write_provenance', 'headline']
+           'MAIN_METRICS', 'Score', 'Metrics', 'TokenEntropy', 'LayerEntropy', 'InsideRow', 'Inside', 'load_results',
+           'load_items', 'load_entropy', 'load_token_entropy', 'load_inside', 'method_name', 'in_order',
+           'published_numbers', 'summarise', 'bootstrap', 'holm', 'compare', 'verdict', 'markdown_table',
+           'paper_layout', 'caption', 'write_items', 'write_csv', 'write_table', 'on_target', 'paper_table',
+           'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'contrast', 'figure_style', 'save_figure',
+           'write_provenance', 'headline']
 
 # %% ../nbs/14_report.ipynb #6546f64e
 import hashlib
@@ -60,6 +61,13 @@ class Metrics(BaseModel):
         return self
 
 
+class TokenEntropy(BaseModel):
+    """The logit-lens entropy at every token of one prompt."""
+
+    tokens: list[str]
+    entropy: list[list[FiniteFloat]]  # nats; one list a layer, one value a token
+
+
 class LayerEntropy(BaseModel):
     """The contents of layers.json: the logit-lens entropy of every layer and the critical layers chosen from it."""
 
@@ -70,6 +78,7 @@ class LayerEntropy(BaseModel):
     j: PositiveInt
     rule: str  # "entropy" or "fixed"
     tokens: PositiveInt  # how many the entropy is averaged over
+    example: TokenEntropy
 
 
 class InsideRow(BaseModel):
@@ -179,6 +188,20 @@ def load_entropy(study: Study) -> pd.DataFrame:
         return _committed(study, "entropy.csv")
     rows = [file.model_dump() | {"layer": k, "entropy": value} for file in found for k, value in enumerate(file.entropy)]
     return pd.DataFrame(rows)[ENTROPY_COLUMNS]
+
+
+def load_token_entropy(study: Study) -> pd.DataFrame:
+    """The logit-lens entropy (nats) at every token of one prompt a model and language: model, lang, position, token, layer, entropy.
+
+    From the same layers.json as `load_entropy`, else from the committed entropy_tokens.csv.
+    """
+    files = list(dict.fromkeys(run.layers_file for run in study.all_runs()))
+    found = [_read(LayerEntropy, path) for path in files if path.exists()]
+    if not found:
+        return _committed(study, "entropy_tokens.csv")
+    rows = [{"model": file.model, "lang": file.lang, "position": n, "token": token, "layer": k, "entropy": values[n]}
+            for file in found for k, values in enumerate(file.example.entropy) for n, token in enumerate(file.example.tokens)]
+    return pd.DataFrame(rows)
 
 
 def load_inside(study: Study) -> pd.DataFrame:

@@ -64,6 +64,7 @@ def project(tmp_path_factory):
             rows = [{"layer": k, "quantity": q, "value": v} for q, curve in curves.items() for k, v in enumerate(curve)]
             (folder / "inside.json").write_text(json.dumps(key | {"rows": rows}))
     layers = {"model": "m", "lang": "zh", "entropy": [6.0, 3.0, 2.9, 1.0], "i": 1, "j": 2, "rule": "entropy", "tokens": 900}
+    layers["example"] = {"tokens": ["a", "b"], "entropy": [[h, h + 1.0] for h in layers["entropy"]]}
     (model / "zh" / "layers.json").write_text(json.dumps(layers))
     return root
 

@@ -71,7 +71,7 @@ def project(tmp_path, monkeypatch):
             for seed, scores in enumerate(seeds):
                 write_run(tmp_path, target, method, seed, scores)
         layers = {"model": "micro-llama", "lang": target, "entropy": [6.0, 5.5, 3.0, 2.9, 2.0], "i": 2, "j": 3}
-        layers |= {"rule": "entropy", "tokens": 900}
+        layers |= {"rule": "entropy", "tokens": 900, "example": {"tokens": ["a", "b"], "entropy": [[1.0, 2.0]] * 3}}
         (tmp_path / "runs" / "toy" / "micro-llama" / target / "layers.json").write_text(json.dumps(layers))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -335,7 +335,7 @@ def test_analysis_notebooks_from_runs_and_again_from_their_own_tables(project):
     assert "xcopa" not in (folder / "table1.csv").read_text() and "xquad" not in (folder / "table2.csv").read_text()
     assert "micro-llama,dsft_logits,xquad,zh,f1,24.0,3.0,3,400,24.77" in (folder / "table1.csv").read_text()
     named = {p.stem for p in folder.iterdir()}
-    assert named == {*EVERY, "table1_against_tft", "table2_against_tft", "results", "items", "entropy", "provenance"}
+    assert named == {*EVERY, "table1_against_tft", "table2_against_tft", "results", "items", "entropy", "entropy_tokens", "provenance"}
     first = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     os.rename("runs", "elsewhere")
