@@ -6,7 +6,7 @@
 __all__ = ['REMEDY', 'RESULT_COLUMNS', 'ITEM_COLUMNS', 'INSIDE_COLUMNS', 'ENTROPY_COLUMNS', 'TABLE_COLUMNS', 'CELL', 'QA', 'NLU',
            'TRANSLATION', 'DATASETS', 'LANGUAGES', 'METRICS', 'DRAWS', 'COMPARISON_COLUMNS', 'BASELINES',
            'MAIN_METRICS', 'Score', 'Metrics', 'TokenEntropy', 'LayerEntropy', 'InsideRow', 'Inside', 'load_results',
-           'load_items', 'load_entropy', 'load_token_entropy', 'load_inside', 'method_name', 'in_order',
+           'load_items', 'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside', 'method_name', 'in_order',
            'published_numbers', 'summarise', 'bootstrap', 'holm', 'compare', 'verdict', 'markdown_table',
            'paper_layout', 'caption', 'write_items', 'write_csv', 'write_table', 'on_target', 'paper_table',
            'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'contrast', 'figure_style', 'save_figure',
@@ -202,6 +202,23 @@ def load_token_entropy(study: Study) -> pd.DataFrame:
     rows = [{"model": file.model, "lang": file.lang, "position": n, "token": token, "layer": k, "entropy": values[n]}
             for file in found for k, values in enumerate(file.example.entropy) for n, token in enumerate(file.example.tokens)]
     return pd.DataFrame(rows)
+
+
+def load_costs(study: Study) -> pd.DataFrame:
+    """What each training took: model, target, method, seed, steps and train_seconds, from the provenance of the runs.
+
+    A run that was resumed counts the seconds since then. Without runs it reads the committed costs.csv; errors as in `load_results`.
+    """
+    finished = _finished(study)
+    if not finished:
+        return _committed(study, "costs.csv")
+    rows = []
+    for run, path in finished:
+        if run.method.trains_on:
+            origin = json.loads(path.with_name("provenance.json").read_text(encoding="utf-8"))["model"]
+            key = {"model": run.model, "target": run.lang, "method": run.method.name, "seed": run.seed}
+            rows.append(key | {name: origin[name] for name in ("steps", "train_seconds")})
+    return pd.DataFrame(rows, columns=["model", "target", "method", "seed", "steps", "train_seconds"])
 
 
 def load_inside(study: Study) -> pd.DataFrame:

@@ -266,7 +266,9 @@ def keep(run: Run, trainer: DSFTTrainer, started: float, command: str) -> None:
     with replacing(run.trained) as folder:
         trainer.export(folder)
         rows, _ = training_rows(run)
-        origin = provenance(command, started, data_sha256=rows_digest(rows), base_sha256=digest(run.base))
+        runtime = next(entry["train_runtime"] for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)  # since the last resumption
+        steps = {"steps": trainer.state.global_step, "train_seconds": runtime}
+        origin = provenance(command, started, data_sha256=rows_digest(rows), base_sha256=digest(run.base)) | steps
         (folder / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     write_jsonl(run.training_folder / "train_log.jsonl", [entry for entry in trainer.state.log_history if "loss" in entry])
     for checkpoints in run.training_folder.glob("checkpoints-*"):

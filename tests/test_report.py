@@ -54,7 +54,7 @@ def write_run(root, target, method, seed, scores):
     before = f"train {target} {method} {seed}" if method != "base" else "pretrain"  # one base serves both languages
     model = step | {"command": before, "seconds": 100.0, "dirty": True}
     if method != "base":
-        model |= {"data_sha256": f"data-{target}"}
+        model |= {"data_sha256": f"data-{target}", "steps": 100, "train_seconds": {"tft": 60.0, "dsft_logits": 90.0}[method] + seed}
     evaluation = step | {"command": f"evaluate {target} {method} {seed}", "seconds": 10.5, "model": model}
     (folder / "provenance.json").write_text(json.dumps(evaluation))
     return folder
@@ -322,7 +322,7 @@ def analyse(project, name):
     return "\n".join(o.get("text") or o["data"].get("text/markdown") or o["data"]["text/plain"] for o in outputs)
 
 
-EVERY = ["table1", "table2", "retention", "figure1", "figure2"]
+EVERY = ["table1", "table2", "retention", "figure1", "figure2", "cost"]
 
 
 def test_analysis_notebooks_from_runs_and_again_from_their_own_tables(project):
@@ -332,10 +332,11 @@ def test_analysis_notebooks_from_runs_and_again_from_their_own_tables(project):
     assert "1.0 points above TFT" in shown["table2"]
     assert "after TFT the English score lies 14.8 points above the base model" in shown["retention"]  # (12 + 10 + 18 + 19) / 4
     assert "from 6.00 nats at the embeddings to 2.00 after layer 4; the steepest fall is 2.50, at layer 2" in shown["figure2"]
+    assert f"DSFT-logits: 42.5 for {91 / 61:.2f} times the time of TFT; as much or more for less time: TFT." in shown["cost"]
     assert "xcopa" not in (folder / "table1.csv").read_text() and "xquad" not in (folder / "table2.csv").read_text()
     assert "micro-llama,dsft_logits,xquad,zh,f1,24.0,3.0,3,400,24.77" in (folder / "table1.csv").read_text()
     named = {p.stem for p in folder.iterdir()}
-    assert named == {*EVERY, "table1_against_tft", "table2_against_tft", "results", "items", "entropy", "entropy_tokens", "provenance"}
+    assert named == {*EVERY, "table1_against_tft", "table2_against_tft", "results", "items", "entropy", "entropy_tokens", "costs", "provenance"}
     first = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     os.rename("runs", "elsewhere")
