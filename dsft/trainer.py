@@ -211,7 +211,7 @@ def training_arguments(run: Run) -> TrainingArguments:
         raise ParamsError(f"{what}: not a multiple of {at_once}, per_device_batch_size x processes; change one")
     return TrainingArguments(
         output_dir=str(run.checkpoints),
-        num_train_epochs=recipe.epochs,
+        num_train_epochs=recipe.epochs * run.method.epochs,
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.per_device_batch_size,
         gradient_accumulation_steps=recipe.batch_size // at_once,
