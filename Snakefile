@@ -39,7 +39,6 @@ ANALYSES = {
     "layers": ["layers.csv", "layers.md", "layers.png", "layers.svg"],
     "readings": ["readings.csv", "readings.md"],
     "data_size": ["data_size.csv", "data_size.md", "data_size.png", "data_size.svg"],
-    "cost": ["costs.csv", "cost.csv", "cost.md", "cost.png", "cost.svg"],
     "dial": ["dial.csv", "dial.md", "dial.png", "dial.svg"],
     "claims": ["claims.csv", "claims.md", "claims.png", "claims.svg"],
 }
