@@ -177,13 +177,18 @@ def load_items(study: Study, prompt: str | None = None) -> pd.DataFrame:
     return table[ITEM_COLUMNS].astype(dict.fromkeys(table.select_dtypes("category"), object) | {"value": float})
 
 
+def _layers(study: Study) -> list[LayerEntropy]:
+    """The layers.json of every model and language that has one."""
+    files = dict.fromkeys(run.layers_file for run in study.all_runs())
+    return [_read(LayerEntropy, path) for path in files if path.exists()]
+
+
 def load_entropy(study: Study) -> pd.DataFrame:
     """The logit-lens entropy (nats) of every model, language and layer, with the columns `ENTROPY_COLUMNS`.
 
     From runs/<study>/<model>/<lang>/layers.json, else from the committed entropy.csv; errors as in `load_results`.
     """
-    files = list(dict.fromkeys(run.layers_file for run in study.all_runs()))
-    found = [_read(LayerEntropy, path) for path in files if path.exists()]
+    found = _layers(study)
     if not found:
         return _committed(study, "entropy.csv")
     rows = [file.model_dump() | {"layer": k, "entropy": value} for file in found for k, value in enumerate(file.entropy)]
@@ -195,8 +200,7 @@ def load_token_entropy(study: Study) -> pd.DataFrame:
 
     From the same layers.json as `load_entropy`, else from the committed entropy_tokens.csv.
     """
-    files = list(dict.fromkeys(run.layers_file for run in study.all_runs()))
-    found = [_read(LayerEntropy, path) for path in files if path.exists()]
+    found = _layers(study)
     if not found:
         return _committed(study, "entropy_tokens.csv")
     rows = [{"model": file.model, "lang": file.lang, "position": n, "token": token, "layer": k, "entropy": values[n]}
