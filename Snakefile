@@ -38,6 +38,7 @@ ANALYSES = {
     "inside": ["inside.csv", "inside.png", "inside.svg"],
     "layers": ["layers.csv", "layers.md", "layers.png", "layers.svg"],
     "readings": ["readings.csv", "readings.md"],
+    "cost": ["costs.csv", "cost.csv", "cost.md", "cost.png", "cost.svg"],
     "data_size": ["data_size.csv", "data_size.md", "data_size.png", "data_size.svg"],
     "dial": ["dial.csv", "dial.md", "dial.png", "dial.svg"],
     "claims": ["claims.csv", "claims.md", "claims.png", "claims.svg"],
@@ -50,6 +51,7 @@ NEEDS = {
     "layers": r"dsft_(logits|feature)_at\d+_\d+",
     "readings": rf"dsft_\w+_({'|'.join(READINGS)})",
     "data_size": r"\w+_n\d+",
+    "cost": r"tft",
 }
 ANALYSES = {name: files for name, files in ANALYSES.items() if any(re.fullmatch(NEEDS.get(name, ".*"), m) for m in study.every_method)}
 if "flores" not in study.evaluation.benchmarks:

@@ -9,6 +9,7 @@ __all__ = ['METRICS', 'TASKS', 'HARNESS', 'f1_results', 'mkqa_results', 'mc1_res
 # %% ../nbs/11_tasks.ipynb #864265c0
 import logging
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,11 +152,11 @@ class Task(NamedTuple):
         return read_rows(self.folder / f"{self.name}.jsonl")
 
 
-def _microcosm_rows(name: str, lang: str, study: Study, template: Template) -> dict[str, list[dict[str, Any]]]:
+def _microcosm_rows(world: World, name: str, lang: str, study: Study, template: Template) -> dict[str, list[dict[str, Any]]]:
     """The rows of a generated benchmark by direction."""
     rows: dict[str, list[dict[str, Any]]] = {direction: [] for direction in directions(name, lang)}
     try:
-        items = World().benchmark(name, study.evaluation.items or 500, BENCHMARK_SEED) if rows else []
+        items = world.benchmark(name, study.evaluation.items or 500, BENCHMARK_SEED) if rows else []
     except ValueError as error:
         raise ParamsError(f"evaluation: the microcosm cannot make {name}: {error}") from None
     for item in items:
@@ -184,7 +185,7 @@ def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
     for benchmark files that are missing or broken (see dsft.benchmark_data).
     """
     folder, params, template = study.folder("benchmarks", lang), study.evaluation, TEMPLATES[study.data.template]
-    tasks = []
+    world, tasks = World(), []
 
     def write_ours(name: str, direction: str, rows: list[dict[str, Any]]) -> None:
         config = {"include": str(_task_file(name)), "target_delimiter": delimiter}
@@ -192,7 +193,7 @@ def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
 
     for name in params.benchmarks:
         if params.source == "microcosm":
-            for direction, rows in _microcosm_rows(name, lang, study, template).items():
+            for direction, rows in _microcosm_rows(world, name, lang, study, template).items():
                 write_ours(name, direction, rows)
             continue
         for direction, items in load_benchmark(name, lang, params).items():
@@ -225,9 +226,10 @@ def _check_lengths(lm: LM, tasks: list[Task]) -> None:
     """Refuse what cannot be asked at all."""
     if not hasattr(lm, "tokenizer"):
         return
+    length = cache(lambda choice: len(lm.tok_encode(choice)))  # many items have the same choices
     for task in tasks:
         for row in task.rows:
-            if any(len(lm.tok_encode(choice)) > lm.max_length for choice in row.get("choices") or ()):
+            if any(length(choice) > lm.max_length for choice in row.get("choices") or ()):
                 why = f"a choice is longer than the {lm.max_length} positions of the model; remove the item"
                 raise ParamsError(f"{task.name}: item {row['id']}: {why}")
 
