@@ -488,16 +488,16 @@ def paper_table(
     """Write <name>.csv and .md and <name>_against_tft.csv and .md to figures/<study>/; returns the text (Markdown) and the comparison.
 
     Of the scores in the language a run was trained for: those of `datasets`, and of `methods` and `targets` if they are given. Where the
-    study also asks with other prompts, their table stands below, and in <name>_<prompt>.csv. Where it has none of `methods` but TFT, the
-    text says so and nothing is written.
+    study also asks with other prompts, their table stands below, and in <name>_<prompt>.csv. Where it has none of `methods` but the baselines,
+    the text says so and nothing is written.
     """
     def chosen(table: pd.DataFrame) -> pd.DataFrame:
         table = on_target(table[table["dataset"].isin(datasets)])
         return table[table["method"].isin(methods or table["method"]) & table["target"].isin(targets or table["target"])]
 
     summary, comparison = summarise(chosen(load_results(study)), study.published_as), compare(chosen(load_items(study)), BASELINES)
-    if methods and set(summary["method"]) <= {"tft"}:
-        return f"Study {study.name} has no runs of {', '.join(m for m in methods if m != 'tft')} on these benchmarks.", comparison
+    if methods and set(summary["method"]) <= set(BASELINES):
+        return f"Study {study.name} has no runs of {', '.join(m for m in methods if m not in BASELINES)} on these benchmarks.", comparison
     text = paper_layout(summary, comparison) + "\n\n" + caption(summary, study.published_as, comparison)
     for prompt in study.evaluation.prompt[1:]:
         results = load_results(study, prompt)
