@@ -185,7 +185,8 @@ def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
     for benchmark files that are missing or broken (see dsft.benchmark_data).
     """
     folder, params, template = study.folder("benchmarks", lang), study.evaluation, TEMPLATES[study.data.template]
-    world, tasks = World(), []
+    world = World() if params.source == "microcosm" else None
+    tasks = []
 
     def write_ours(name: str, direction: str, rows: list[dict[str, Any]]) -> None:
         config = {"include": str(_task_file(name)), "target_delimiter": delimiter}
