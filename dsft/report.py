@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['REMEDY', 'RESULT_COLUMNS', 'ITEM_COLUMNS', 'INSIDE_COLUMNS', 'ENTROPY_COLUMNS', 'TABLE_COLUMNS', 'CELL', 'QA', 'NLU',
            'TRANSLATION', 'DATASETS', 'LANGUAGES', 'METRICS', 'DRAWS', 'COMPARISON_COLUMNS', 'BASELINES',
-           'MAIN_METRICS', 'Score', 'Metrics', 'TokenEntropy', 'LayerEntropy', 'InsideRow', 'Inside', 'load_results',
-           'load_items', 'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside', 'method_name', 'in_order',
-           'published_numbers', 'summarise', 'bootstrap', 'holm', 'compare', 'verdict', 'markdown_table',
-           'paper_layout', 'caption', 'write_items', 'write_csv', 'write_table', 'on_target', 'paper_table',
-           'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'contrast', 'figure_style', 'save_figure',
-           'write_provenance', 'headline']
+           'MAIN_METRICS', 'GAIN_COLUMNS', 'Score', 'Metrics', 'TokenEntropy', 'LayerEntropy', 'InsideRow', 'Inside',
+           'load_results', 'load_items', 'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside',
+           'method_name', 'in_order', 'published_numbers', 'summarise', 'bootstrap', 'holm', 'compare', 'verdict',
+           'markdown_table', 'paper_layout', 'caption', 'write_items', 'write_csv', 'write_table', 'on_target',
+           'paper_table', 'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'contrast', 'gains', 'figure_style',
+           'legend_above', 'save_figure', 'write_provenance', 'headline']
 
 # %% ../nbs/14_report.ipynb #6546f64e
 import hashlib
@@ -558,12 +558,44 @@ def contrast(items: pd.DataFrame, weights: dict[tuple, float]) -> np.ndarray | N
     total = sum(block.shape[1] for block in blocks.values())
     return np.concatenate([total / block.shape[1] * block.to_numpy() for block in blocks.values()], axis=1)
 
+# %% ../nbs/14_report.ipynb #55d7b78a
+GAIN_COLUMNS = ["model", "target", "method", "baseline", "gain", "low", "high", "p", "p_holm", "seeds", "items"]
+
+
+def gains(items: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """What a method gains over another, averaged over the benchmarks of Tables 1 and 2; a row for each pair (method, baseline), model and target language.
+
+    `items` as from `load_items`, asked in the target language. Columns `GAIN_COLUMNS`: gain in points, low and high of its 95 % interval, p and
+    p_holm (corrected over the rows), all four NaN below three seeds. A pair that did not run there on every benchmark has no row.
+    """
+    rows = []
+    for (model, target), scores in items[items["dataset"].isin(QA | NLU)].groupby(["model", "target"], sort=False, observed=True):
+        asked = list(scores[["dataset", "lang"]].drop_duplicates().itertuples(index=False, name=None))
+        for method, baseline in pairs:
+            weights = {(model, target, name, *cell): sign / len(asked) for cell in asked for name, sign in ((method, 1.0), (baseline, -1.0))}
+            if (d := contrast(scores, weights)) is not None:
+                low, high, p = bootstrap(d)
+                rows.append([model, target, method, baseline, d.mean(), low, high, p, *d.shape])
+    table = pd.DataFrame(rows, columns=[c for c in GAIN_COLUMNS if c != "p_holm"])
+    return table.assign(p_holm=holm(table["p"]))[GAIN_COLUMNS]
+
 # %% ../nbs/14_report.ipynb #839b6fde
 def figure_style() -> None:
     """Set the project's look for all figures that follow."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     plt.rcParams |= {"figure.figsize": (8, 4.2), "figure.facecolor": "white", "figure.constrained_layout.use": True}
     plt.rcParams |= {"axes.titleweight": "bold", "axes.titlelocation": "left"}
+
+
+def legend_above(figure: plt.Figure) -> None:
+    """One legend for all axes of a figure, in rows of five above them; the legends of the axes go."""
+    handles = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+        if axis.legend_:
+            axis.legend_.remove()
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(5, len(handles)), frameon=False)
 
 
 def save_figure(figure: plt.Figure, folder: str | Path, name: str) -> None:

@@ -105,13 +105,17 @@ def test_layers_of_english_thinking(project):
     shown = analyse(project, "figure3")
     logits = "ET-logits: best at layer 2 with 59.3; at the layer of the entropy rule, 2, 59.3; at the last layer tried, 3, 36.7"
     assert logits in shown  # (54 + 54 + 70) / 3 and (30 + 30 + 50) / 3
+    assert "Against TFT -10.0 to +12.7 points; significantly above it at 2 and below it at 1 of 3 layers." in shown
     table = pd.read_csv(project / "figures/wide/figure3.csv")
     assert set(table["layer"]) == {1, 2, 3} and len(table) == 2 * 3 * 3
 
 
 def test_map_of_layers(project):
     shown = analyse(project, "layers")
-    assert "the best pair is (1, 3) with 65.3, of 3; the entropy rule's (i, j) = (1, 2) gives 63.3: 2.0 points are lost" in shown
+    assert "the best of 3 pairs is (1, 3) with 65.3 (62.0 in English); the entropy rule's (i, j) = (1, 2) gives 63.3 (60.0): 2.0 points are lost" in shown
+    assert "or 2.0 if the pair is chosen on the other seeds. Significantly better than the rule's: 1 pairs, worse: 1. TFT has 46.7 (40.0)." in shown
+    table = pd.read_csv(project / "figures/wide/layers_against_rule.csv").set_index("method")
+    assert table["gain"].to_dict() == pytest.approx({"dsft_logits_at1_3": 2.0, "dsft_logits_at2_3": -50 / 3}, abs=0.01)
 
 
 def test_readings(project):
@@ -124,7 +128,8 @@ def test_what_supervision_is_worth_in_examples(project):
     shown = analyse(project, "data_size")
     worth = 150 * 2 ** 1.0 / 150  # DSFT at 150 scores what TFT scores at 300
     assert f"DSFT-logits on 150 examples: 36.7; TFT needs {worth:.1f} times as many" in shown
-    assert "DSFT-logits on 600 examples: 63.3; TFT does not reach that with 600" in shown
+    assert "DSFT-logits on 600 examples: 63.3; TFT does not reach that with 600; against TFT on as many +16.7 [15.9, 17.4]" in shown  # ± 1.96 · 4.71 / √150: a third of the items gains 10, two thirds 20
+    assert "DSFT-logits pays on 150 and 300 and 600 examples." in shown
 
 
 def test_the_dial(project):
