@@ -158,7 +158,8 @@ def load_items(study: Study, prompt: str | None = None) -> pd.DataFrame:
     """The score of every single item in every run (percent), with the columns `ITEM_COLUMNS`; as long as the benchmarks together.
 
     From the samples.jsonl beside each metrics.json, else from the committed items.parquet; `prompt` and errors as in `load_results`. `metric` is
-    the first that metrics.json names for the benchmark: the one that is a mean over items.
+    the first that metrics.json names for the benchmark: the one that is a mean over items. Values have the precision of items.parquet, 32-bit floats,
+    wherever they come from, so that both give the same intervals.
     """
     parts = []
     for run, path in _finished(study):
@@ -174,7 +175,7 @@ def load_items(study: Study, prompt: str | None = None) -> pd.DataFrame:
         samples["metric"] = [metrics.get(pair) for pair in zip(samples["dataset"], samples["lang"])]
         parts.append(samples.dropna(subset="metric").assign(value=100 * samples["value"], **key))
     table = pd.concat(parts, ignore_index=True) if parts else _committed(study, "items.parquet")
-    return table[ITEM_COLUMNS].astype(dict.fromkeys(table.select_dtypes("category"), object) | {"value": float})
+    return table[ITEM_COLUMNS].astype(dict.fromkeys(table.select_dtypes("category"), object) | {"value": "float32"}).astype({"value": float})
 
 
 def _layers(study: Study) -> list[LayerEntropy]:
@@ -359,15 +360,21 @@ def compare(items: pd.DataFrame, baselines: Sequence[str] = ("tft",)) -> pd.Data
     return in_order(table.assign(p_holm=holm(table["p"])))[COMPARISON_COLUMNS]
 
 
+def _best_of(names: Sequence[str]) -> str:
+    """The baselines of a comparison in words."""
+    names = [method_name(name) for name in names]
+    return f"the best of {', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
 def verdict(comparison: pd.DataFrame) -> str:
     """What a comparison says, in a sentence a model and method (Markdown list)."""
     lines = []
     for (model, method), cells in comparison.groupby(["model", "method"], sort=False):
         n, points = len(cells), cells["difference"]
-        mean, baseline = points.mean(), " or ".join(method_name(name) for name in cells["baseline"].unique())
+        mean, baseline = points.mean(), _best_of(cells["baseline"].unique())
         where = "level with" if abs(mean) < 0.05 else f"{abs(mean):.1f} points {'above' if mean > 0 else 'below'}"
         line = f"- {model}: on average {method_name(method)} lies {where} {baseline}, "
-        line += f"and above it in {(points > 0).sum()} of {n} {'cell' if n == 1 else 'cells'} (dataset and language)"
+        line += f"and above in {(points > 0).sum()} of {n} {'cell' if n == 1 else 'cells'} (dataset and language)"
         if cells["p"].notna().any():
             sure = cells["p_holm"] < 0.05
             line += f"; significantly above in {(sure & (points > 0)).sum()} and significantly below in {(sure & (points < 0)).sum()}."
@@ -443,8 +450,7 @@ def caption(summary: pd.DataFrame, published_as: dict[str, str | None] | None = 
         text += f"Chance: {', '.join(levels)}. "
     text += "Bold: the best fine-tuned method of a model and column."
     if comparison is not None and comparison["p"].notna().any():
-        best = " or ".join(method_name(name) for name in comparison["baseline"].unique())
-        text += f" ▲ ▼: above or below {best} (p < 0.05, paired hierarchical bootstrap over seeds and items, Holm's correction over the table)."
+        text += f" ▲ ▼: above or below {_best_of(comparison['baseline'].unique())} (p < 0.05, paired hierarchical bootstrap over seeds and items, Holm's correction over the table)."
     if summary["published"].notna().any():
         models = ", ".join(f"{paper} for {ours}" for ours, paper in (published_as or {}).items() if paper)
         text += f" In brackets: the paper's number on the original benchmark ({models}), where it is legible."

@@ -161,7 +161,8 @@ def test_parallel_sentences(project):
 
 
 def test_claims(project):
-    analyse(project, "claims")
+    shown = analyse(project, "claims")
+    assert "- nothing." in shown  # all are tested here
     table = pd.read_csv(project / "figures/wide/claims.csv").set_index("claim")
     expected = {
         "C1a": (15 + 15 + 10) / 3,  # xquad and truthfulqa 55 - 40, xnli 70 - 60
@@ -200,5 +201,6 @@ def test_a_study_without_these_runs_says_so(project):
     assert "Study narrow has no dial" in shown["dial"]
     assert "Study narrow has no runs of lc_logits" in shown["table3"] and "Study narrow has no runs of lc_logits" in shown["table4"]
     assert "**C2** (ET brings more than LC): not tested" in shown["claims"]
+    assert "**C2**, in study wide: supported, +10.0 points" in shown["claims"]
     written = {path.stem for path in (project / "figures" / "narrow").iterdir()}
     assert written == {"claims", "figure4", "figure4_counted", "inside"}  # and nothing about what was not run

@@ -154,7 +154,7 @@ def test_paired_comparison(project):
     assert (xquad.difference, xcopa.difference) == (2.0, 1.0)
     assert 0 < xquad.low < 2 < xquad.high < 6 and 0 < xcopa.low < 1 < xcopa.high < 3
     assert list(comparison["p_holm"]) == pytest.approx(list(holm(comparison["p"])))
-    assert "1.5 points above TFT, and above it in 2 of 2 cells" in verdict(comparison)
+    assert "1.5 points above TFT, and above in 2 of 2 cells" in verdict(comparison)
     assert "significantly above in 2 and significantly below in 0" in verdict(comparison)
 
 
