@@ -89,6 +89,17 @@ def analyse(project: Path, name: str, study: str = "wide") -> str:
         os.chdir(before)
 
 
+def copy_runs(source: Path, place: Path, names: dict[str, str]) -> None:
+    """The files of a method's runs, seed by seed, with these names replaced."""
+    for file in source.rglob("*.js*"):
+        text = file.read_text()
+        for name, other in names.items():
+            text = text.replace(name, other)
+        copy = place / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text)
+
+
 def test_ablation(project):
     shown = analyse(project, "table3")
     assert "| m | ET-logits | **54.0 ± 0.0** ▲" in shown and "| m | LC-logits | 30.0 ± 0.0 ▼" in shown
@@ -138,11 +149,8 @@ def test_the_dial(project):
     (project / "params" / "turned.yaml").write_text(study.replace("sft, tft, dsft_logits, dsft_feature", "tft, dsft_logits"))
     for model, methods in {"a": {"dsft_logits": "dsft_logits"}, "b": {"dsft_logits": "dsft_logits_at2_3"}}.items():
         for method, source in ({"base": "base", "tft": "tft"} | methods).items():
-            for file in (project / "runs" / "wide" / "m" / "zh" / source).rglob("*.js*"):
-                place = project / "runs" / "turned" / model / "zh" / method / file.parent.name
-                place.mkdir(parents=True, exist_ok=True)
-                text = file.read_text().replace('"wide"', '"turned"').replace('"model": "m"', f'"model": "{model}"').replace(f'"{source}"', f'"{method}"')
-                (place / file.name).write_text(text)
+            names = {'"wide"': '"turned"', '"model": "m"': f'"model": "{model}"', f'"{source}"': f'"{method}"'}
+            copy_runs(project / "runs/wide/m/zh" / source, project / "runs/turned" / model / "zh" / method, names)
     shown = analyse(project, "dial", "turned")
     assert "DSFT-logits against TFT, in points by code_switch: +16.7 at 0 (the interval excludes 0), +0.0 at 0.5." in shown
     assert "retrieval in the base: 0.50, 0.50." in shown and "English answer in the base: 0.50, 0.50." in shown
@@ -187,14 +195,9 @@ NEEDING_SWEEPS = ["table3", "table4", "figure3", "layers", "readings", "data_siz
 
 def test_a_study_without_these_runs_says_so(project):
     (project / "params" / "narrow.yaml").write_text(STUDY.split("sweeps")[0])
-    os.makedirs(project / "runs" / "narrow" / "m" / "zh")
-    for name in ("tft", "layers.json"):
-        source, place = project / "runs" / "wide" / "m" / "zh" / name, project / "runs" / "narrow" / "m" / "zh" / name
-        if source.is_file():
-            place.write_bytes(source.read_bytes())
-        for file in source.rglob("*.js*"):
-            (place / file.parent.name).mkdir(parents=True, exist_ok=True)
-            (place / file.parent.name / file.name).write_text(file.read_text().replace('"wide"', '"narrow"'))
+    wide, narrow = project / "runs/wide/m/zh", project / "runs/narrow/m/zh"
+    copy_runs(wide / "tft", narrow / "tft", {'"wide"': '"narrow"'})
+    (narrow / "layers.json").write_bytes((wide / "layers.json").read_bytes())
     shown = {name: analyse(project, name, "narrow") for name in NEEDING_SWEEPS}
     for name in ("figure3", "layers", "data_size", "readings"):
         assert "Study narrow has no runs" in shown[name]
