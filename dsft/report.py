@@ -9,8 +9,8 @@ __all__ = ['REMEDY', 'RESULT_COLUMNS', 'ITEM_COLUMNS', 'INSIDE_COLUMNS', 'ENTROP
            'load_results', 'load_items', 'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside',
            'method_name', 'in_order', 'published_numbers', 'summarise', 'bootstrap', 'holm', 'compare', 'verdict',
            'markdown_table', 'paper_layout', 'caption', 'write_items', 'write_csv', 'write_table', 'on_target',
-           'paper_table', 'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'contrast', 'gains', 'figure_style',
-           'legend_above', 'save_figure', 'write_provenance', 'headline']
+           'paper_table', 'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'contrast', 'gains', 'interval',
+           'figure_style', 'legend_above', 'save_figure', 'write_provenance', 'headline']
 
 # %% ../nbs/14_report.ipynb #6546f64e
 import hashlib
@@ -584,6 +584,11 @@ def gains(items: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame
                 rows.append([model, target, method, baseline, d.mean(), low, high, p, *d.shape])
     table = pd.DataFrame(rows, columns=[c for c in GAIN_COLUMNS if c != "p_holm"])
     return table.assign(p_holm=holm(table["p"]))[GAIN_COLUMNS]
+
+
+def interval(low: float, high: float) -> str:
+    """An interval as it follows its estimate in a sentence, " [0.3, 2.1]"; nothing where there is none, below three seeds."""
+    return "" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]"
 
 # %% ../nbs/14_report.ipynb #839b6fde
 def figure_style() -> None:

@@ -191,6 +191,16 @@ def test_claims(project):
     assert (table["low"] <= table["effect"]).all() and (table["effect"] <= table["high"]).all()
 
 
+def test_one_seed_has_no_interval(project):
+    (project / "params" / "single.yaml").write_text(STUDY.replace("seeds: [0, 1, 2]", "seeds: [0]"))
+    copy_runs(project / "runs/wide/m/zh", project / "runs/single/m/zh", {'"wide"': '"single"'})
+    shown = {name: analyse(project, name, "single") for name in ("figure3", "layers", "readings", "data_size", "claims")}
+    assert not any("nan" in text for text in shown.values())
+    assert "2.0 points are lost by following it. Significantly better" in shown["layers"]  # there is no other seed to choose on
+    assert "TFT on as many +16.7." in shown["data_size"] and "DSFT-logits-positional: -26.7 points against the default" in shown["readings"]
+    assert "undecided, +10.0 points." in shown["claims"]
+
+
 NEEDING_SWEEPS = ["table3", "table4", "figure3", "layers", "readings", "data_size", "dial", "inside", "figure4", "claims"]
 
 
