@@ -13,11 +13,11 @@ import re
 import sys
 from pathlib import Path
 
-from dsft.methods import READINGS
-from dsft.params import load_params
+from dsft.methods import VARIANTS
+from dsft.study import load_study
 
 STUDY = config.get("study", "micro")
-study = load_params(STUDY)
+study = load_study(STUDY)
 folder = os.path.relpath(study.folder())
 figures = os.path.relpath(study.figures_folder())
 runs = {(r.model, r.lang, r.method.name, str(r.seed)): r for r in study.all_runs()}
@@ -49,7 +49,7 @@ NEEDS = {
     "table3": r"(lc|et)_(logits|feature)",
     "figure3": r"et_(logits|feature)_at\d+",
     "layers": r"dsft_(logits|feature)_at\d+_\d+",
-    "readings": rf"dsft_\w+_({'|'.join(READINGS)})",
+    "readings": rf"dsft_\w+_({'|'.join(VARIANTS)})",
     "data_size": r"\w+_n\d+",
     "cost": r"tft",
 }
@@ -86,7 +86,7 @@ SEED = " -p seed {wildcards.seed}"
 TRAIN = notebook("train", study=STUDY, model="{wildcards.model}", lang="{params.lang}", method="{wildcards.method}") + SEED
 if study.train.launch:  # on several processes: the same training without its notebook
     TRAIN = (
-        f"set -o pipefail; accelerate launch --config_file {study.train.launch} -m dsft.trainer {STUDY} --model {{wildcards.model}}"
+        f"set -o pipefail; accelerate launch --config_file {study.train.launch} -m dsft.training {STUDY} --model {{wildcards.model}}"
         " --lang {params.lang} --method {wildcards.method} --seed {wildcards.seed} 2>&1 | tee {log}"
     )
 
@@ -154,7 +154,7 @@ rule select_layers:
     input:
         base=lambda w: base_folder(w.model),
         notebook="nbs/experiments/select_layers.ipynb",
-        code=library("prompts", "microcosm", "data", "backbone", "selection"),
+        code=library("prompts", "microcosm", "tables", "data", "backbone", "selection"),
     output:
         f"{folder}/{{model}}/{{lang}}/layers.json",
     log:
@@ -169,7 +169,7 @@ rule distill:
     input:
         base=lambda w: base_folder(w.model),
         notebook="nbs/experiments/distill.ipynb",
-        code=library("prompts", "microcosm", "data", "sdrrl"),
+        code=library("prompts", "microcosm", "data", "recipes/sdrrl"),
     output:
         f"{RUN}/sdrrl.jsonl",
         f"{RUN}/sdrrl_report.json",
@@ -187,7 +187,7 @@ rule train:
         layers=layers,
         mix=mix,
         notebook="nbs/experiments/train.ipynb",
-        code=library("methods", "prompts", "microcosm", "data", "backbone", "losses", "trainer"),
+        code=library("methods", "prompts", "microcosm", "data", "backbone", "losses", "trainer", "training"),
     output:
         directory(f"{RUN}/model"),
         f"{RUN}/train_log.jsonl",
@@ -204,7 +204,7 @@ rule evaluate:
     input:
         model=trained,
         notebook="nbs/experiments/evaluate.ipynb",
-        code=library("prompts", "microcosm", "backbone", "selection", "metrics", "benchmark_data", "tasks", "inside"),
+        code=library("prompts", "microcosm", "backbone", "selection", "metrics", "benchmark_items", "tasks", "inside"),
         tasks=sorted(str(p) for p in Path("dsft/benchmarks").glob("*.yaml")),
         data=benchmark_files(),
     output:
@@ -229,7 +229,7 @@ for name, outputs in ANALYSES.items():
             metrics=[os.path.relpath(r.folder / "metrics.json") for r in study.all_runs()],
             layers=[os.path.relpath(f) for f in sorted({r.layers_file for r in study.all_runs()})],
             notebook=f"nbs/analysis/{name}.ipynb",
-            code=library("report"),
+            code=library("results", "statistics", "report"),
         output:
             [f"{figures}/{output}" for output in outputs],
         log:

@@ -16,7 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import Backbone, find_backbone, hidden_states
-from .params import Study, read_rows
+from .files import read_rows
+from .study import Study
+from .metrics import BENCHMARKS
 from .selection import logit_lens
 
 # %% ../nbs/13_inside.ipynb #df5a6f0d
@@ -81,7 +83,7 @@ def cosine_gap(en: np.ndarray, tgt: np.ndarray) -> float:
     return float(parallel - (cosines.sum() - np.trace(cosines)) / (cosines.size - len(en)))
 
 # %% ../nbs/13_inside.ipynb #c16c981b
-QUESTIONS = ("xquad", "mlqa", "mkqa")  # benchmarks with generated answers; the first that the study has is used
+QUESTIONS = tuple(name for name, b in BENCHMARKS.items() if b.metric == "f1")  # benchmarks with generated answers; the first that the study has is used
 
 
 def parallel_questions(study: Study, lang: str, limit: int) -> tuple[str, list[dict[str, dict[str, Any]]]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.std import tqdm
 
 from .losses import Supervision, dsft_loss
-from .params import project_root
+from .files import project_root
 from .report import write_table
 
 # %% ../nbs/benchmarks/paper_models.ipynb #14920271

@@ -50,9 +50,10 @@ def train_on_alpaca(tmp_path_factory) -> Callable:
 
     The run is as a study leaves it: `run.trained` is the model's folder. Trained once a session.
     """
-    from dsft.params import Study, write_jsonl
-    from dsft.sdrrl import training_mix
-    from dsft.trainer import fine_tune, keep
+    from dsft.files import write_jsonl
+    from dsft.study import Study
+    from dsft.recipes.sdrrl import training_mix
+    from dsft.training import fine_tune, save_training
 
     folder = tmp_path_factory.mktemp("alpaca")
 
@@ -79,7 +80,7 @@ def train_on_alpaca(tmp_path_factory) -> Callable:
             rows, _ = training_mix(run, base, transformers.AutoTokenizer.from_pretrained(run.base))
             write_jsonl(run.mix_file, rows)
         trainer = fine_tune(run)
-        keep(run, trainer, 0.0, "pytest")
+        save_training(run, trainer, 0.0, "pytest")
         return run, trainer
 
     return train

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-import dsft.trainer
+import dsft.training
 
 WRAPPED = {"ddp": DistributedDataParallel, "fsdp2": FSDPModule}
 
@@ -46,7 +46,7 @@ def main(engine: str, folder: Path) -> None:
         let_accelerate_shard_on_cpu()
     for supervisions, variant in tiny.DISTRIBUTED[engine]:
         train(engine, supervisions, variant, folder / f"{supervisions}, {variant}")
-    dsft.trainer.train(str(folder / "study.yaml"))
+    dsft.training.train(str(folder / "study.yaml"))
 
 
 if __name__ == "__main__":

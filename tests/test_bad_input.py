@@ -13,8 +13,9 @@ import pytest
 import yaml
 from test_tasks import BROKEN, data_dir, test_a_broken_file_is_one_line  # noqa: F401
 
-from dsft.data import check, parallel_rows
-from dsft.params import DataParams
+from dsft.checks import check
+from dsft.data import parallel_rows
+from dsft.study import DataParams
 
 ENGLISH = [{"id": n, "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
 CHINESE = [{"id": n, "instruction": f"{n}加{n}等于几?", "input": "", "output": f"等于{2 * n}。"} for n in range(20)]

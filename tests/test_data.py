@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from dsft import data as dsft_data
-from dsft.data import TokenizedExample, check_language, collate, load_parallel, parallel_rows, rows_digest, tokenize
-from dsft.params import DataParams, ParamsError, from_hub, load_params
+from dsft.data import TokenizedExample, collate, load_parallel, parallel_rows, rows_digest, tokenize
+from dsft.languages import check_language
+from dsft.files import ParamsError, from_hub
+from dsft.study import DataParams, load_study
 from dsft.prompts import TEMPLATES
 
 ENGLISH = [{"id": f"a-{n}", "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
@@ -117,7 +119,7 @@ def test_any_language_code_is_taken_and_an_unknown_script_said(tmp_path):
 
 
 def test_the_microcosm_draws_its_examples_by_seed_alone():
-    study = load_params("micro")
+    study = load_study("micro")
     first, again = (rows_digest(load_parallel(study.data, "zh", 0)) for _ in range(2))
     assert first == again != rows_digest(load_parallel(study.data, "zh", 1))
 
@@ -307,7 +309,7 @@ def test_a_plan_lists_the_whole_graph_without_the_network(study, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"PYTHONPATH": str(tmp_path), "PATH": f"{folder}:{os.environ['PATH']}"}
     result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0 and "the network was asked for" not in result.stdout, result.stdout[-3000:]
-    spec = load_params(study)
+    spec = load_study(study)
     counts = {words[0]: int(words[1]) for line in result.stdout.splitlines() if len(words := line.split()) == 2 and words[1].isdigit()}
     assert counts["evaluate"] == len(spec.all_runs()) and counts["select_layers"] == len(spec.languages)
     assert counts["train"] == len({r.training_folder for r in spec.all_runs() if r.method.trains_on})

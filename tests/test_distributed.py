@@ -14,8 +14,8 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import dsft.trainer
-from dsft.params import load_params
+import dsft.training
+from dsft.study import load_study
 
 HERE = Path(__file__).parent
 SETTINGS = HERE.parent / "params" / "accelerate" / "one_node.yaml"  # FSDP2 as the project ships it, here for two CPU processes in fp32
@@ -43,7 +43,7 @@ def write_study(folder: Path, base: Path) -> Path:
     }
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study), encoding="utf-8")
-    layers = load_params(path).run("tiny", "zh", "dsft_logits", 0).layers_file
+    layers = load_study(path).run("tiny", "zh", "dsft_logits", 0).layers_file
     layers.parent.mkdir(parents=True)
     layers.write_text(json.dumps({"i": 1, "j": 2}), encoding="utf-8")
     return path
@@ -91,11 +91,11 @@ def test_two_processes_equal_one(tmp_path, on_two, engine, supervisions, variant
 
 @pytest.mark.parametrize("engine", LAUNCH)
 def test_a_run_of_a_study_on_two_processes(tmp_path, base, on_two, engine):
-    """`dsft.trainer.train`, which the launchers start on every process, leaves one complete model folder."""
+    """`dsft.training.train`, which the launchers start on every process, leaves one complete model folder."""
     saved, alone = [], write_study(tmp_path, base)
-    dsft.trainer.train(str(alone))
+    dsft.training.train(str(alone))
     for path in (on_two(engine) / "study.yaml", alone):
-        run = load_params(path).run("tiny", "zh", "dsft_logits", 0)
+        run = load_study(path).run("tiny", "zh", "dsft_logits", 0)
         assert sorted(p.name for p in run.training_folder.iterdir()) == ["data_report.json", "model", "train_log.jsonl"]
         saved.append(AutoModelForCausalLM.from_pretrained(run.trained).state_dict())
     assert tiny.largest_difference(*saved) < 1e-4  # AdamW's first steps are signs: rounding counts where a gradient is almost 0

@@ -7,12 +7,13 @@ from collections import Counter
 
 import pytest
 
+from dsft.metrics import BENCHMARKS
 from dsft.microcosm import (
-    BENCHMARKS, INSTRUCTED, LANGUAGES, TARGET_EVENTS, TARGET_KNOWLEDGE, TARGET_RELATIONS, TARGETS, Line, Mix, World, read_table)
+    INSTRUCTED, LANGUAGES, TARGET_EVENTS, TARGET_KNOWLEDGE, TARGET_RELATIONS, TARGETS, Line, Mix, World, read_shipped)
 
 SCRIPTS = {"en": r"[A-Za-z ]+", "zh": r"[一-鿿]+", "vi": r"[A-Za-zÀ-ỹĐđ\- ]+", "ar": r"[ء-ي ]+"}
 ENDS = {"en": ".?", "zh": "。？", "vi": ".?", "ar": ".؟"}
-LEXICON, PHRASINGS = read_table("lexicon.csv"), read_table("phrasings.csv")
+LEXICON, PHRASINGS = read_shipped("lexicon.csv"), read_shipped("phrasings.csv")
 world = World()
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from dsft import tasks
-from dsft.benchmark_data import load_benchmark, load_items
-from dsft.params import EvalParams, load_params
+from dsft import metrics, tasks
+from dsft.benchmark_items import load_benchmark, load_items
+from dsft.study import EvalParams, load_study
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "real"
@@ -67,7 +67,7 @@ def test_any_aligned_texts_can_be_translated(tmp_path, code, lang):
 
 
 def ask(tmp_path, evaluation, langs, folder=ROOT / "models" / "micro-llama"):
-    study = load_params("smoke").model_copy(update={"runs": str(tmp_path), "evaluation": evaluation})
+    study = load_study("smoke").model_copy(update={"runs": str(tmp_path), "evaluation": evaluation})
     study = study.model_copy(update={"data": study.data.model_copy(update={"template": "alpaca"})})
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     return tasks.evaluate(model, transformers.AutoTokenizer.from_pretrained(folder), study, langs)
@@ -79,7 +79,7 @@ def test_a_few_items_are_asked_both_ways(tmp_path, lang):
     names = tuple(name for name in COUNTS if lang in COUNTS[name])
     evaluation = params(names, prompt=("dsft", "harness"), items=3, batch_size=6, max_new_tokens=8)
     scores, samples = ask(tmp_path, evaluation, (lang,))
-    asked = {(s["dataset"], s["prompt"], s["items"]) for s in scores if s["metric"] == tasks.METRICS[s["dataset"]]}
+    asked = {(s["dataset"], s["prompt"], s["items"]) for s in scores if s["metric"] == metrics.BENCHMARKS[s["dataset"]].metric}
     assert asked == {(name, prompt, 3) for name in names for prompt in ("dsft", "harness") if (name, prompt) != ("mkqa", "harness")}
     assert all(0 <= s["value"] <= 100 for s in scores) and len(samples) == 3 * len(asked)
 
@@ -91,7 +91,7 @@ def test_a_model_fine_tuned_on_real_alpaca_is_asked_every_benchmark(tmp_path, tr
     names = tuple(name for name in COUNTS if "zh" in COUNTS[name])
     scores, _ = ask(tmp_path / "real", params(names, items=3, batch_size=6, max_new_tokens=8), ("zh",), run.trained)
     more, _ = ask(tmp_path / "ours", params(("xstorycloze", "flores"), OURS, max_translation_tokens=8), ("zh",), run.trained)
-    asked = {(s["dataset"], s["lang"]): s["items"] for s in scores + more if s["metric"] == tasks.METRICS[s["dataset"]]}
+    asked = {(s["dataset"], s["lang"]): s["items"] for s in scores + more if s["metric"] == metrics.BENCHMARKS[s["dataset"]].metric}
     assert asked == {(name, "zh"): 3 for name in names} | {("xstorycloze", "zh"): 5, ("flores", "en-zh"): 6, ("flores", "zh-en"): 6}
 
 

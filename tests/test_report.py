@@ -14,11 +14,11 @@ import pandas as pd
 import papermill
 import pytest
 
-from dsft.params import ParamsError, load_params
-from dsft.report import (
-    BASELINES, CELL, RESULT_COLUMNS, TABLE_COLUMNS, bootstrap, caption, compare, holm, load_entropy, load_items, load_results,
-    paper_layout, published_numbers, save_figure, summarise, verdict, write_csv, write_items, write_provenance, write_table,
-)
+from dsft.files import ParamsError
+from dsft.study import load_study
+from dsft.report import BASELINES, CELL, TABLE_COLUMNS, caption, paper_layout, published_numbers, save_figure, summarise, write_table, verdict
+from dsft.results import RESULT_COLUMNS, load_entropy, load_item_scores, load_results, write_csv, write_items, write_provenance
+from dsft.statistics import bootstrap, compare, holm
 
 ANALYSIS = Path(__file__).parents[1] / "nbs" / "analysis"
 STUDY = """
@@ -82,7 +82,7 @@ def on_target(results):
 
 
 def test_one_row_a_score(project):
-    results = load_results(load_params("toy"))
+    results = load_results(load_study("toy"))
     assert list(results.columns) == RESULT_COLUMNS
     assert len(results) == 4 * (1 + 3 + 3 + 1 + 3)
     row = results.query("target == 'zh' and method == 'tft' and seed == 2 and dataset == 'xcopa' and lang == 'en'").iloc[0]
@@ -91,15 +91,15 @@ def test_one_row_a_score(project):
 
 
 def test_mean_spread_and_published_number(project):
-    table = summarise(on_target(load_results(load_params("toy"))), {"micro-llama": "llama-2-7b"})
+    table = summarise(on_target(load_results(load_study("toy"))), {"micro-llama": "llama-2-7b"})
     tft = table.query("method == 'tft' and dataset == 'xquad' and lang == 'zh'").iloc[0]
     assert (tft["value"], tft["sd"], tft["seeds"], tft["items"], tft["published"]) == (22.0, 2.0, 3, 400, 23.41)
     xcopa = table.query("method == 'tft' and dataset == 'xcopa' and lang == 'zh'").iloc[0]
     assert (xcopa["value"], xcopa["sd"], xcopa["chance"], xcopa["published"]) == (60.0, 0.0, 50.0, 65.0)
     base = table[table["method"] == "base"]
     assert base["sd"].isna().all() and base["published"].isna().all()  # one seed; and the paper shows no base model
-    assert summarise(load_results(load_params("toy")))["published"].isna().all()  # no correspondence given
-    assert summarise(load_results(load_params("toy")), {"micro-llama": None})["published"].isna().all()
+    assert summarise(load_results(load_study("toy")))["published"].isna().all()  # no correspondence given
+    assert summarise(load_results(load_study("toy")), {"micro-llama": None})["published"].isna().all()
 
 
 def test_published_numbers_are_the_papers():
@@ -111,7 +111,7 @@ def test_published_numbers_are_the_papers():
 
 
 def test_table_as_csv_and_markdown(project):
-    table = summarise(on_target(load_results(load_params("toy"))), {"micro-llama": "llama-2-7b"})
+    table = summarise(on_target(load_results(load_study("toy"))), {"micro-llama": "llama-2-7b"})
     text = paper_layout(table) + "\n\n" + caption(table, {"micro-llama": "llama-2-7b"})
     write_table(table[TABLE_COLUMNS], "out", "table1", text)
     rows = list(csv.reader(Path("out/table1.csv").open(encoding="utf-8")))
@@ -131,22 +131,22 @@ def test_table_as_csv_and_markdown(project):
 
 
 def test_nothing_to_show(project):
-    nothing = load_results(load_params("toy")).query("dataset == 'mkqa'")
+    nothing = load_results(load_study("toy")).query("dataset == 'mkqa'")
     table = summarise(nothing)
     assert table.empty and list(table.columns[: len(TABLE_COLUMNS)]) == TABLE_COLUMNS
     assert (paper_layout(table), caption(table)) == ("", "The study has no such benchmarks.")
-    comparison = compare(load_items(load_params("toy")).query("dataset == 'mkqa'"))
+    comparison = compare(load_item_scores(load_study("toy")).query("dataset == 'mkqa'"))
     assert verdict(comparison).startswith("There are no two fine-tuned methods")
 
 
 def test_items_are_the_parts_of_the_scores(project):
-    means = on_target(load_items(load_params("toy"))).groupby([*CELL, "seed"])["value"].mean()
-    scores = on_target(load_results(load_params("toy"))).set_index([*CELL, "seed"])["value"]
+    means = on_target(load_item_scores(load_study("toy"))).groupby([*CELL, "seed"])["value"].mean()
+    scores = on_target(load_results(load_study("toy"))).set_index([*CELL, "seed"])["value"]
     pd.testing.assert_series_equal(means, scores.sort_index())
 
 
 def test_paired_comparison(project):
-    comparison = compare(on_target(load_items(load_params("toy"))))
+    comparison = compare(on_target(load_item_scores(load_study("toy"))))
     assert comparison[["method", "lang", "dataset", "seeds", "items"]].values.tolist() == [
         ["dsft_logits", "zh", "xquad", 3, 400], ["dsft_logits", "zh", "xcopa", 3, 500]  # not the base, and only what both have run
     ]
@@ -189,7 +189,7 @@ def test_holm(p, expected):
 
 
 def test_a_gain_counts_against_the_best_baseline(project):
-    items = load_items(load_params("toy")).query("lang == 'zh' and target == 'zh' and dataset == 'xquad'")
+    items = load_item_scores(load_study("toy")).query("lang == 'zh' and target == 'zh' and dataset == 'xquad'")
     longer = items.query("method == 'tft'").assign(method="tft_compute", value=lambda t: t["value"].where(t["id"] > "q007", 0.0))
     best = items.query("method == 'tft'").assign(method="tft_en", value=lambda t: t["value"].where(t["id"] < "q390", 100.0))
     comparison = compare(pd.concat([items, longer, best]), BASELINES)
@@ -197,35 +197,35 @@ def test_a_gain_counts_against_the_best_baseline(project):
 
 
 def test_other_items_are_not_compared(project):
-    items = load_items(load_params("toy")).query("lang == 'zh' and target == 'zh'")
+    items = load_item_scores(load_study("toy")).query("lang == 'zh' and target == 'zh'")
     with pytest.raises(ParamsError, match="micro-llama zh .*: dsft_logits and tft answered different items"):
         compare(items[~((items["method"] == "tft") & (items["id"] == "q001"))])
 
 
 def test_no_interval_below_three_seeds(project):
-    comparison = compare(on_target(load_items(load_params("toy"))).query("seed < 2"))
+    comparison = compare(on_target(load_item_scores(load_study("toy"))).query("seed < 2"))
     assert comparison[["low", "high", "p", "p_holm"]].isna().all(axis=None)
     assert "2 of the 3 seeds that an interval needs" in verdict(comparison)
 
 
 def test_without_runs_the_committed_tables_are_read(project, capsys):
-    results, items, entropy = (load(load_params("toy")) for load in (load_results, load_items, load_entropy))
+    results, items, entropy = (load(load_study("toy")) for load in (load_results, load_item_scores, load_entropy))
     write_csv(results, "figures/toy/results.csv")
     write_items(items, "figures/toy/items.parquet")
     write_csv(entropy, "figures/toy/entropy.csv")
     assert capsys.readouterr().out == ""
     os.rename("runs", "elsewhere")
-    pd.testing.assert_frame_equal(load_results(load_params("toy")), results)
-    pd.testing.assert_frame_equal(load_items(load_params("toy")), items)
-    pd.testing.assert_frame_equal(load_entropy(load_params("toy")), entropy, check_dtype=False)
+    pd.testing.assert_frame_equal(load_results(load_study("toy")), results)
+    pd.testing.assert_frame_equal(load_item_scores(load_study("toy")), items)
+    pd.testing.assert_frame_equal(load_entropy(load_study("toy")), entropy, check_dtype=False)
     out = capsys.readouterr().out.splitlines()
     assert [line.rsplit(" ", 1)[1] for line in out] == ["results.csv.", "items.parquet.", "entropy.csv."]
 
 
-@pytest.mark.parametrize("load", [load_results, load_items, load_entropy])
+@pytest.mark.parametrize("load", [load_results, load_item_scores, load_entropy])
 def test_neither_runs_nor_tables(project, load):
     with pytest.raises(FileNotFoundError, match="make study STUDY=nowhere") as error:
-        load(load_params("toy").model_copy(update={"name": "nowhere"}))
+        load(load_study("toy").model_copy(update={"name": "nowhere"}))
     assert "\n" not in str(error.value)
 
 
@@ -256,7 +256,7 @@ def test_broken_metrics_file(project, spoil, message):
     path = project / "runs/toy/micro-llama/zh/tft/seed1/metrics.json"
     path.write_text(spoil(json.loads(path.read_text())))
     with pytest.raises(ParamsError) as error:
-        load_results(load_params("toy"))
+        load_results(load_study("toy"))
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
     assert "delete that file" in str(error.value)
 
@@ -266,7 +266,7 @@ def test_broken_samples_file(project, content):
     path = project / "runs/toy/micro-llama/zh/tft/seed1/samples.jsonl"
     path.write_text(content)
     with pytest.raises(ParamsError, match=r"samples\.jsonl: .*delete metrics\.json") as error:
-        load_items(load_params("toy"))
+        load_item_scores(load_study("toy"))
     assert "\n" not in str(error.value)
 
 
@@ -274,21 +274,21 @@ def test_seeds_on_different_items_are_not_averaged(project):
     path = project / "runs/toy/micro-llama/zh/tft/seed1/metrics.json"
     path.write_text(path.read_text().replace('"items": 400', '"items": 40'))
     with pytest.raises(ParamsError, match="micro-llama/zh/tft, xquad in .*: seeds were tested on 40 and on 400 items"):
-        summarise(load_results(load_params("toy")))
+        summarise(load_results(load_study("toy")))
 
 
 def test_broken_layers_file(project):
     path = project / "runs/toy/micro-llama/zh/layers.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"entropy": [1.0, None]}))
     with pytest.raises(ParamsError, match=r"layers\.json: entropy\.1"):
-        load_entropy(load_params("toy"))
+        load_entropy(load_study("toy"))
 
 
 def test_provenance_of_a_study(project):
     with pytest.raises(FileNotFoundError):
-        write_provenance(load_params("toy"))  # results.csv comes first
-    write_csv(load_results(load_params("toy")), "figures/toy/results.csv")
-    record = write_provenance(load_params("toy"))
+        write_provenance(load_study("toy"))  # results.csv comes first
+    write_csv(load_results(load_study("toy")), "figures/toy/results.csv")
+    record = write_provenance(load_study("toy"))
     assert record == json.loads(Path("figures/toy/provenance.json").read_text())
     assert (record["study"], record["command"], record["runs"], record["seconds"]) == ("toy", "make study STUDY=toy", 11, 11 * 10.5 + 1000)
     assert record["commit"] == ["commit-of-base", "commit-of-dsft_logits", "commit-of-tft"]
@@ -296,7 +296,7 @@ def test_provenance_of_a_study(project):
     assert record["data_sha256"] == ["data-vi", "data-zh"]
     assert record["results_sha256"] == hashlib.sha256(Path("figures/toy/results.csv").read_bytes()).hexdigest()
     os.rename("runs", "elsewhere")
-    assert write_provenance(load_params("toy")) == record
+    assert write_provenance(load_study("toy")) == record
 
 
 def test_figures_are_reproducible(tmp_path):

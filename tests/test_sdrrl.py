@@ -16,9 +16,12 @@ from conftest import ROOT, alpaca, seq2seq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsft import sdrrl
+from dsft.code_switching import code_switch
+from dsft.generation import translator
+from dsft.recipes import sdrrl
 from dsft.microcosm import LANGUAGES, World
-from dsft.params import ParamsError, Study
+from dsft.files import ParamsError
+from dsft.study import Study
 
 ENGLISH_WORDS = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat", "dog"]), max_size=9).map(" ".join)
 
@@ -42,8 +45,8 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(answer, refe
 @given(st.text(string.ascii_letters + " ,.'-çé", max_size=60), st.sets(st.text("abcdé", min_size=1, max_size=3), max_size=5), st.randoms())
 def test_code_switching_touches_known_words_only(text, known, rng):
     words = {word: f"<{n}>" for n, word in enumerate(sorted(known))}
-    assert sdrrl.code_switch(text, words, "en", 0.0, rng) == text
-    switched = sdrrl.code_switch(text, words, "en", 1.0, rng)
+    assert code_switch(text, words, "en", 0.0, rng) == text
+    switched = code_switch(text, words, "en", 1.0, rng)
     for before, after in zip(text.split(" "), switched.split(" "), strict=True):
         bare = before.strip(",.'-")
         if bare and bare == before:
@@ -53,14 +56,14 @@ def test_code_switching_touches_known_words_only(text, known, rng):
 @given(st.lists(st.sampled_from(["中", "国", "中国", "x", "人"]), max_size=12).map("".join), st.randoms())
 def test_code_switching_without_spaces_takes_the_longest_word(text, rng):
     words = {"中国": "China", "中": "middle", "人": "person"}
-    assert sdrrl.code_switch(text, words, "zh", 1.0, rng) == text.replace("中国", "China").replace("中", "middle").replace("人", "person")
+    assert code_switch(text, words, "zh", 1.0, rng) == text.replace("中国", "China").replace("中", "middle").replace("人", "person")
 
 
 def test_the_rate_is_the_share_of_switched_words():
     words = {word: other for word, other in World().dictionary("ar").items() if " " not in word + other}  # one for one, so that they can be counted
     text = " ".join(list(words)[:100] * 40)
     single = [w for w in text.split(" ") if w in words]
-    switched = sdrrl.code_switch(text, words, "en", 0.15, random.Random(0)).split(" ")
+    switched = code_switch(text, words, "en", 0.15, random.Random(0)).split(" ")
     share = sum(w not in words for w in switched) / len(single)
     assert 0.13 < share < 0.17
 
@@ -99,10 +102,10 @@ def test_the_translator_is_told_the_language_and_asked_once(tmp_path, monkeypatc
     generate = transformers.T5ForConditionalGeneration.generate
     monkeypatch.setattr(transformers.T5ForConditionalGeneration, "generate", lambda self, **k: asked.append(k) or generate(self, **k))
     texts = ["One.", "Two and two.", "Three."]
-    first = sdrrl.translator(run)(texts)
+    first = translator(run)(texts)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.study.sdrrl.translator)
     assert len(first) == 3 and [k["forced_bos_token_id"] for k in asked] == [tokenizer.convert_tokens_to_ids("vie_Latn")]
-    assert sdrrl.translator(run)(texts) == first and len(asked) == 1
+    assert translator(run)(texts) == first and len(asked) == 1
 
 
 @pytest.mark.parametrize(

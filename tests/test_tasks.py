@@ -18,10 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
 
-from dsft import benchmark_data, metrics, tasks
-from dsft.benchmark_data import BENCHMARKS, check_benchmarks, load_items
-from dsft.data import check
-from dsft.params import EvalParams, ParamsError, load_params
+from dsft import benchmark_items, metrics, tasks
+from dsft.benchmark_items import SOURCES, check_benchmarks, load_items
+from dsft.metrics import BENCHMARKS
+from dsft.checks import check
+from dsft.files import ParamsError
+from dsft.study import EvalParams, load_study
 
 ROOT = Path(__file__).parents[1]
 OURS = ROOT / "tests" / "benchmarks"  # XStoryCloze and FLORES
@@ -170,7 +172,7 @@ def test_the_hub_gives_the_same_items_as_files(data_dir, monkeypatch, name):
         rows = [{"text": line} for line in FILES[FLORES[config]].splitlines()] if name == "flores" else HUB[name]
         return datasets.Dataset.from_list(rows)
 
-    monkeypatch.setattr(benchmark_data, "load_dataset", load_dataset)
+    monkeypatch.setattr(benchmark_items, "load_dataset", load_dataset)
     found = load_items(name, DIRECTION[name], EvalParams(benchmarks=(name,), source="hub", splits=SPLITS))
     assert plain(found) == plain(load_items(name, DIRECTION[name], asked(data_dir, name)))
     expected = {"xquad": ("google/xquad", "xquad.zh", "validation"), "mlqa": ("facebook/mlqa", "mlqa.zh.zh", "validation")}
@@ -186,7 +188,7 @@ def test_a_dataset_that_is_a_script_is_read_from_the_hubs_own_tables(monkeypatch
             raise RuntimeError("Dataset scripts are no longer supported, but found xcopa.py")
         return datasets.Dataset.from_list(XCOPA)
 
-    monkeypatch.setattr(benchmark_data, "load_dataset", load_dataset)
+    monkeypatch.setattr(benchmark_items, "load_dataset", load_dataset)
     assert len(load_items("xcopa", "zh", EvalParams(benchmarks=("xcopa",), source="hub"))) == 2
     assert called[1] == "hf://datasets/cambridgeltl/xcopa@refs/convert/parquet/zh/test/*.parquet"
 
@@ -202,7 +204,7 @@ def test_no_connection_is_one_line(monkeypatch):
 def test_one_broken_row_of_a_hub_dataset_is_left_out_and_said(monkeypatch, capsys):
     rows = [MMLU[0] | {"id": f"sums/{n}"} for n in range(200)]
     rows[7] = rows[7] | {"option_c": None}
-    monkeypatch.setattr(benchmark_data, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(benchmark_items, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
     params = EvalParams(benchmarks=("mmlu",), source="hub")
     assert len(load_items("mmlu", "zh", params)) == 199
     assert "1 of 200 rows left out, the first because of row 7: option_c = None: must be text" in capsys.readouterr().out
@@ -311,7 +313,7 @@ def test_a_mistake_in_the_study_is_one_line(tmp_path, changes, said):
     study = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8")) | {"evaluation": changes}
     (tmp_path / "mistaken.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     with pytest.raises(ParamsError) as error:
-        load_params(tmp_path / "mistaken.yaml")
+        load_study(tmp_path / "mistaken.yaml")
     assert said in str(error.value)
 
 
@@ -329,14 +331,14 @@ def test_dsft_check_reads_the_benchmarks_before_anything_runs(data_dir, tmp_path
 
 # ---- prompts and tasks
 def test_every_benchmark_has_words_in_every_language():
-    assert set(benchmark_data.PROMPTS) == set(BENCHMARKS) == set(tasks.METRICS)
-    for name, words in benchmark_data.PROMPTS.items():
+    assert set(benchmark_items.PROMPTS) == set(BENCHMARKS) == set(SOURCES)
+    for name, words in benchmark_items.PROMPTS.items():
         assert set(words) == {"en", "zh", "vi", "ar"} - ({"en"} if name == "flores" else set())
         assert all(set(entry) <= {"instruction", "input", "choices"} for entry in words.values())
 
 
 def study_on(folder, tmp_path, *names, **changes):
-    study = load_params("smoke")
+    study = load_study("smoke")
     return study.model_copy(update={"runs": str(tmp_path / "runs"), "evaluation": asked(folder, *names, **changes)})
 
 

@@ -8,8 +8,9 @@ import transformers
 from dsft.data import TokenizedExample, collate
 from dsft.losses import dsft_loss, join
 from dsft.methods import METHODS, Method
-from dsft.params import load_params
-from dsft.trainer import DSFTTrainer, last_complete_checkpoint, training_arguments
+from dsft.study import load_study
+from dsft.trainer import DSFTTrainer
+from dsft.training import last_complete_checkpoint, training_arguments
 
 NAMES = ("loss", "tft", "lc", "et")
 
@@ -195,7 +196,7 @@ def test_wrong_use_is_refused_at_once(tmp_path):
 
 
 def test_a_method_may_train_for_longer_than_the_study():
-    study = load_params("smoke")
+    study = load_study("smoke")
     study = study.model_copy(update={"methods": (METHODS["tft"], Method(name="tft_compute", epochs=1.4)), "train": study.train.model_copy(update={"epochs": 3.0})})
     epochs = [training_arguments(study.run("mini-llama", "zh", name, 0)).num_train_epochs for name in ("tft", "tft_compute")]
     assert epochs == pytest.approx([3.0, 4.2])
