@@ -10,7 +10,7 @@ export PYTHONWARNINGS := ignore:IProgress not found
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 # Snakemake goes through its whole queue again and again, once every such span, and more often the more jobs have ended: at its default, each second, that took a quarter of a core.
-SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete --max-jobs-per-timespan 1000/5s
+SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete --max-jobs-per-timespan 1000/5s --max-checksum-file-size 100MB
 
 .PHONY: study study-plan test lab bases readme bench
 .DEFAULT_GOAL := study

@@ -1,7 +1,10 @@
 """The graph of a study: which notebook makes which file.
 
     base model -> critical layers -> one training a model, language, method and seed -> its evaluation -> tables and figures
-                  (or the method's own training mix)
+                  (or rows that a recipe makes, or the model that another method trained)
+
+What the graph makes, Snakemake tracks by time and checksum. What it finds - notebooks, the library, data, a base model - counts by
+content: a digest among the parameters of the rule. Editing such a file makes again what depends on it, touching it does not.
 
 Run it with `make study`, look at it with `make study-plan`; on a cluster add a Snakemake profile, for example
 `snakemake --config study=llama2-7b --executor slurm --jobs 24`.
@@ -9,55 +12,68 @@ Run it with `make study`, look at it with `make study-plan`; on a cluster add a 
 
 import fcntl
 import os
-import re
 import sys
+from functools import cache
 from pathlib import Path
 
-from dsft.methods import VARIANTS
-from dsft.study import load_study
+from dsft.files import code_digest, digest, import_closure, package_data
+from dsft.study import contents, load_study
 
 STUDY = config.get("study", "micro")
 study = load_study(STUDY)
+methods = study.every_method.values()
 folder = os.path.relpath(study.folder())
 figures = os.path.relpath(study.figures_folder())
 runs = {(r.model, r.lang, r.method.name, str(r.seed)): r for r in study.all_runs()}
-trainings = {(r.model, r.training_lang, r.method.name, str(r.seed)): r for r in study.all_runs()}
+trainings = {(r.model, r.training_lang, r.method.name, str(r.seed)): r for r in study.all_trainings()}
 RUN = f"{folder}/{{model}}/{{lang}}/{{method}}/seed{{seed}}"
+BASE = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"]  # of a base that the graph makes
+EVALUATION = ["metrics.json", "samples.jsonl", "inside.json", "pooled.safetensors", "provenance.json", "params.yaml"]
+
+
+def of_both(*stems):
+    """The csv and the Markdown file of tables."""
+    return [f"{stem}.{kind}" for stem in stems for kind in ("csv", "md")]
+
+
+def picture(*stems):
+    """The two files of figures."""
+    return [f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")]
+
 
 # What each analysis notebook writes to figures/<study>/.
 ANALYSES = {
-    "figure1": ["figure1.png", "figure1.svg"],
-    "figure2": ["figure2.png", "figure2.svg", "entropy.csv", "entropy_tokens.csv"],
-    "table1": ["table1.csv", "table1.md", "table1_against_tft.csv", "table1_against_tft.md", "results.csv", "items.parquet", "provenance.json"],
-    "table2": ["table2.csv", "table2.md", "table2_against_tft.csv", "table2_against_tft.md"],
-    "table3": ["table3.csv", "table3.md", "table3_against_tft.csv", "table3_against_tft.md"],
-    "table4": ["table4.csv", "table4.md", "table4_against_tft.csv", "table4_against_tft.md"],
-    "retention": ["retention.csv", "retention.md", "retention.png", "retention.svg"],
-    "figure3": ["figure3.csv", "figure3.md", "figure3.png", "figure3.svg", "figure3_against_tft.csv", "figure3_against_tft.md"],
-    "figure4": ["figure4.png", "figure4.svg", "figure4_counted.png", "figure4_counted.svg"],
-    "inside": ["inside.csv", "inside.png", "inside.svg"],
-    "layers": ["layers.csv", "layers.md", "layers.png", "layers.svg", "layers_against_rule.csv", "layers_against_rule.md"],
-    "readings": ["readings.csv", "readings.md"],
-    "cost": ["costs.csv", "cost.csv", "cost.md", "cost.png", "cost.svg"],
-    "data_size": ["data_size.csv", "data_size.md", "data_size.png", "data_size.svg", "data_size_against_tft.csv", "data_size_against_tft.md"],
-    "dial": ["dial.csv", "dial.md", "dial.png", "dial.svg"],
-    "claims": ["claims.csv", "claims.md", "claims.png", "claims.svg"],
+    "figure1": picture("figure1"),
+    "figure2": [*picture("figure2"), "entropy.csv", "entropy_tokens.csv"],
+    "table1": [*of_both("table1", "table1_against_tft"), "results.csv", "items.parquet", "provenance.json"],
+    "table2": of_both("table2", "table2_against_tft"),
+    "table3": of_both("table3", "table3_against_tft"),
+    "table4": of_both("table4", "table4_against_tft"),
+    "retention": [*of_both("retention"), *picture("retention")],
+    "figure3": [*of_both("figure3", "figure3_against_tft"), *picture("figure3")],
+    "figure4": [*picture("figure4", "figure4_counted"), "figure4_tsne.csv"],
+    "inside": ["inside.csv", *picture("inside")],
+    "layers": [*of_both("layers", "layers_against_rule"), *picture("layers")],
+    "readings": of_both("readings"),
+    "cost": ["costs.csv", *of_both("cost"), *picture("cost")],
+    "data_size": [*of_both("data_size", "data_size_against_tft"), *picture("data_size")],
+    "code_switch_sweep": [*of_both("code_switch_sweep"), *picture("code_switch_sweep")],
+    "claims": [*of_both("claims"), *picture("claims")],
 }
 
-# Some of them need runs that not every study has: methods of that name, or a benchmark.
-NEEDS = {
-    "table3": r"(lc|et)_(logits|feature)",
-    "figure3": r"et_(logits|feature)_at\d+",
-    "layers": r"dsft_(logits|feature)_at\d+_\d+",
-    "readings": rf"dsft_\w+_({'|'.join(VARIANTS)})",
-    "data_size": r"\w+_n\d+",
-    "cost": r"tft",
+# Some of them need runs that not every study has.
+ablation = any(m.stem == m.name and len({s.stage for s in m.supervisions}) == 1 for m in methods)
+POSSIBLE = {
+    "table3": ablation,
+    "table4": ablation and "flores" in study.evaluation.benchmarks,
+    "figure3": any(len(m.layers) == 1 and m.supervisions[0].stage == "et" for m in methods),
+    "layers": any(len(m.layers) == 2 for m in methods),
+    "readings": any(m.variant for m in methods),
+    "data_size": any(m.items for m in methods),
+    "cost": "tft" in study.every_method,
+    "code_switch_sweep": study.swept_knob is not None,
 }
-ANALYSES = {name: files for name, files in ANALYSES.items() if any(re.fullmatch(NEEDS.get(name, ".*"), m) for m in study.every_method)}
-if "flores" not in study.evaluation.benchmarks:
-    del ANALYSES["table4"]
-if not study.dial:
-    del ANALYSES["dial"]
+ANALYSES = {name: written for name, written in ANALYSES.items() if POSSIBLE.get(name, True)}
 
 # One study at a time: the lock goes when the process goes, however it dies (Snakemake's own lock stays behind a kill).
 if workflow.is_main_process and not workflow.dryrun:
@@ -72,7 +88,7 @@ if workflow.is_main_process and not workflow.dryrun:
 wildcard_constraints:
     model="|".join(study.models),
     lang="|".join(["en", *study.languages]),
-    method="|".join(study.every_method),
+    method="|".join(dict.fromkeys(r.method.name for r in [*runs.values(), *trainings.values()])),
     seed=r"\d+",
 
 
@@ -83,7 +99,8 @@ def notebook(name, **parameters):
 
 
 SEED = " -p seed {wildcards.seed}"
-TRAIN = notebook("train", study=STUDY, model="{wildcards.model}", lang="{params.lang}", method="{wildcards.method}") + SEED
+OF_A_RUN = dict(study=STUDY, model="{wildcards.model}", lang="{wildcards.lang}", method="{wildcards.method}")
+TRAIN = notebook("train", **OF_A_RUN | {"lang": "{params.lang}"}) + SEED
 if study.train.launch:  # on several processes: the same training without its notebook
     TRAIN = (
         f"set -o pipefail; accelerate launch --config_file {study.train.launch} -m dsft.training {STUDY} --model {{wildcards.model}}"
@@ -91,27 +108,48 @@ if study.train.launch:  # on several processes: the same training without its no
     )
 
 
-def library(*modules):
-    """The modules whose change makes a result stale."""
-    return [f"dsft/{module}.py" for module in modules]
+@cache
+def code(notebook, recipes=()):
+    """What decides about a notebook's result besides its parameters: its code, all of the library that it imports, and the data of the package which that reads.
+
+    The recipes are a wing of their own: only those that a run uses count.
+    """
+    modules = import_closure(notebook, without=["dsft.recipes"])
+    for recipe in recipes:
+        module = Path(f"dsft/recipes/{recipe}.py")
+        modules = sorted({*modules, module.resolve(), *import_closure(module, without=["dsft.recipes"])})
+    return code_digest([notebook, *modules]), contents(package_data(modules))
 
 
-def base_folder(model):
-    """The base model as an input: its folder, or nothing when it comes from the hub."""
-    base = Path(study.base(model))
-    return [os.path.relpath(base)] if study.models[model].pretrain or base.exists() else []
+def found_base(model):
+    """A base model that the study finds, by its content: a folder; a base that the graph makes is an input, one of the hub has its name."""
+    return "" if study.models[model].pretrain else cached_digest(study.base(model))
+
+
+cached_digest = cache(digest)
+
+
+def base_files(model):
+    """The files of a base model that the graph makes."""
+    return [os.path.relpath(Path(study.base(model)) / name) for name in BASE[:4]] if study.models[model].pretrain else []
+
+
+def start(w):
+    """The model that a training starts from, where the graph makes it."""
+    run = trainings[tuple(w)]
+    return [os.path.relpath(run.start.trained)] if run.start else base_files(w.model)
 
 
 def trained(w):
-    """The model that a run evaluates."""
+    """The model that a run evaluates, where the graph makes it."""
     run = runs[tuple(w)]
-    return [os.path.relpath(run.trained)] if run.method.trains_on else base_folder(w.model)
+    return [os.path.relpath(run.trained)] if run.method.stages else base_files(w.model)
 
 
 def benchmark_files():
     """The files of the benchmarks, where the study takes them from a folder."""
     names = study.evaluation.benchmarks if study.evaluation.data_dir else ()
-    return sorted(str(p) for name in names for p in (Path(study.evaluation.data_dir) / name).glob("*") if p.is_file())
+    return sorted(path for name in names for path in Path(study.evaluation.data_dir, name).rglob("*") if path.is_file())
 
 
 def layers(w):
@@ -120,10 +158,10 @@ def layers(w):
     return [os.path.relpath(run.layers_file)] if run.method.supervisions else []
 
 
-def mix(w):
-    """The file of the examples that a method makes for itself."""
+def recipe_rows(w):
+    """The rows that recipes make for a training."""
     run = trainings[tuple(w)]
-    return [os.path.relpath(run.mix_file)] if run.mix_file else []
+    return [os.path.relpath(run.recipe_rows)] if run.method.recipes else []
 
 
 rule all:
@@ -140,7 +178,7 @@ for name, model in study.models.items():
             input:
                 notebook=ancient("nbs/experiments/pretrain.ipynb"),
             output:
-                directory(os.path.relpath(study.base(name))),
+                [os.path.relpath(Path(study.base(name)) / file) for file in BASE],
             log:
                 f"{folder}/{name}/pretrain.ipynb",
             params:
@@ -152,50 +190,56 @@ for name, model in study.models.items():
 
 rule select_layers:
     input:
-        base=lambda w: base_folder(w.model),
-        notebook="nbs/experiments/select_layers.ipynb",
-        code=library("prompts", "microcosm", "tables", "data", "backbone", "selection"),
+        base=lambda w: base_files(w.model),
+        notebook=ancient("nbs/experiments/select_layers.ipynb"),
     output:
         f"{folder}/{{model}}/{{lang}}/layers.json",
+        f"{folder}/{{model}}/{{lang}}/layers_provenance.json",
     log:
         f"{folder}/{{model}}/{{lang}}/select_layers.ipynb",
     params:
         spec=study.model_dump(mode="json", include={"layers", "data"}),
+        files=lambda w: contents(study.data_files(w.lang)),
+        base=lambda w: found_base(w.model),
+        code=code("nbs/experiments/select_layers.ipynb"),
     shell:
         notebook("select_layers", study=STUDY, model="{wildcards.model}", lang="{wildcards.lang}")
 
 
-rule distill:
+rule recipe_rows:
     input:
-        base=lambda w: base_folder(w.model),
-        notebook="nbs/experiments/distill.ipynb",
-        code=library("prompts", "microcosm", "data", "recipes/sdrrl"),
+        base=lambda w: base_files(w.model),
+        notebook=ancient("nbs/experiments/recipe_rows.ipynb"),
     output:
-        f"{RUN}/sdrrl.jsonl",
-        f"{RUN}/sdrrl_report.json",
+        f"{RUN}/recipe_rows.jsonl",
+        f"{RUN}/recipe_rows_report.json",
     log:
-        f"{RUN}/distill.ipynb",
+        f"{RUN}/recipe_rows.ipynb",
     params:
-        spec=study.model_dump(mode="json", include={"data", "sdrrl"}),
+        spec=lambda w: {part: trainings[tuple(w)].inputs[part] for part in ("data", "recipes", "files")},
+        base=lambda w: found_base(w.model),
+        code=lambda w: code("nbs/experiments/recipe_rows.ipynb", trainings[tuple(w)].method.recipes),
     shell:
-        notebook("distill", study=STUDY, model="{wildcards.model}", lang="{wildcards.lang}", method="{wildcards.method}") + SEED
+        notebook("recipe_rows", **OF_A_RUN) + SEED
 
 
 rule train:
     input:
-        base=lambda w: base_folder(w.model),
+        start=start,
         layers=layers,
-        mix=mix,
-        notebook="nbs/experiments/train.ipynb",
-        code=library("methods", "prompts", "microcosm", "data", "backbone", "losses", "trainer", "training"),
+        rows=recipe_rows,
+        notebook=ancient("nbs/experiments/train.ipynb"),
     output:
         directory(f"{RUN}/model"),
         f"{RUN}/train_log.jsonl",
+        f"{RUN}/data_report.json",
     log:
         f"{RUN}/train.{'log' if study.train.launch else 'ipynb'}",
     params:
         spec=lambda w: trainings[tuple(w)].inputs,
         lang=lambda w: trainings[tuple(w)].lang,
+        base=lambda w: found_base(w.model),
+        code=lambda w: code("nbs/experiments/train.ipynb", trainings[tuple(w)].method.recipes),
     shell:
         TRAIN
 
@@ -203,22 +247,23 @@ rule train:
 rule evaluate:
     input:
         model=trained,
-        notebook="nbs/experiments/evaluate.ipynb",
-        code=library("prompts", "microcosm", "backbone", "selection", "metrics", "benchmark_items", "tasks", "inside"),
-        tasks=sorted(str(p) for p in Path("dsft/benchmarks").glob("*.yaml")),
-        data=benchmark_files(),
+        notebook=ancient("nbs/experiments/evaluate.ipynb"),
     output:
-        f"{RUN}/metrics.json",
-        f"{RUN}/samples.jsonl",
-        f"{RUN}/inside.json",
-        f"{RUN}/provenance.json",
+        [f"{RUN}/{name}" for name in EVALUATION],
     log:
         f"{RUN}/evaluate.ipynb",
     params:
         spec=study.evaluation.model_dump(mode="json"),
+        files=contents(benchmark_files()),
+        base=lambda w: "" if runs[tuple(w)].method.stages else found_base(w.model),
+        code=code("nbs/experiments/evaluate.ipynb"),
     shell:
-        notebook("evaluate", study=STUDY, model="{wildcards.model}", lang="{wildcards.lang}", method="{wildcards.method}") + SEED
+        notebook("evaluate", **OF_A_RUN) + SEED
 
+
+RESULTS = [os.path.relpath(r.folder / name) for r in runs.values() for name in EVALUATION]
+LAYERS = [os.path.relpath(f) for f in sorted({r.layers_file for r in runs.values()})]
+OTHER_CLAIMS = [os.path.relpath(p) for p in sorted(Path(figures).parent.glob("*/claims.csv")) if p.parent.name != study.name]
 
 for name, outputs in ANALYSES.items():
 
@@ -226,13 +271,15 @@ for name, outputs in ANALYSES.items():
         name:
             name
         input:
-            metrics=[os.path.relpath(r.folder / "metrics.json") for r in study.all_runs()],
-            layers=[os.path.relpath(f) for f in sorted({r.layers_file for r in study.all_runs()})],
-            notebook=f"nbs/analysis/{name}.ipynb",
-            code=library("results", "statistics", "report"),
+            results=RESULTS,
+            layers=LAYERS,
+            claims=OTHER_CLAIMS if name == "claims" else [],
+            notebook=ancient(f"nbs/analysis/{name}.ipynb"),
         output:
             [f"{figures}/{output}" for output in outputs],
         log:
             f"{folder}/analysis/{name}.ipynb",
+        params:
+            code=code(f"nbs/analysis/{name}.ipynb"),
         shell:
             notebook(name, study=STUDY)

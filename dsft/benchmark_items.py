@@ -26,7 +26,7 @@ from datasets import load_dataset
 from .languages import check_language
 from .metrics import BENCHMARKS
 from .files import ParamsError, project_root
-from .study import EvalParams
+from .settings import EvalParams
 
 # %% ../nbs/18_benchmark_items.ipynb #4c5eca71
 class BrokenRow(ValueError):

@@ -44,14 +44,14 @@ def join(batch: dict[str, Tensor], *segments: str) -> Row:
 # %% ../nbs/11_losses.ipynb #43d6e2bf
 def _segment(s: Supervision | None) -> str:
     """What follows x_tgt in the row that the loss reads: English tokens only where they are teacher-forced."""
-    if s is None or s.kind == "feature" or s.reading == "positional":
+    if s is None or s.kind == "feature" or s.alignment == "positional":
         return "y_tgt"
     return "x_en" if s.stage == "lc" else "y_en"
 
 
 def labels_of(batch: dict[str, Tensor], s: Supervision | None) -> tuple[Tensor, Tensor]:
     """The label ids and their mask, both [B, T], of TFT (`s` is None) or of a logits supervision."""
-    if s is None or s.reading == "conditional":
+    if s is None or s.alignment == "teacher_forced":
         return batch[_segment(s)], batch[f"{_segment(s)}_mask"]
     read, said, first = ("x_tgt", "x_en", 1) if s.stage == "lc" else ("y_tgt", "y_en", 0)
     last = min(batch[read].shape[1], batch[said].shape[1])
@@ -61,7 +61,7 @@ def labels_of(batch: dict[str, Tensor], s: Supervision | None) -> tuple[Tensor, 
 
 def predictors_of(batch: dict[str, Tensor], row: Row, s: Supervision | None) -> Tensor:
     """The column [B, T] of `row` whose state predicts each label: the one before it."""
-    if s is not None and s.reading == "positional" and s.stage == "lc":
+    if s is not None and s.alignment == "positional" and s.stage == "lc":
         return row.columns["x_tgt"]
     last_x = batch["x_tgt_mask"].sum(dim=1, keepdim=True) - 1
     return torch.cat([row.columns["x_tgt"].gather(1, last_x), row.columns[_segment(s)][:, :-1]], dim=1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_RANK_CORRELATION', 'progress_bars', 'read_table', 'row_problem', 'Dropped', 'align']
 
-# %% ../nbs/09_tables.ipynb #4272101e
+# %% ../nbs/09_tables.ipynb #0377b8a5
 import contextlib
 import json
 import logging
@@ -21,9 +21,9 @@ from scipy.stats import spearmanr
 
 from .files import ParamsError, from_hub, project_root
 from .languages import check_language, foreign
-from .study import DataParams, Table
+from .settings import DataParams, Table
 
-# %% ../nbs/09_tables.ipynb #f7263e4b
+# %% ../nbs/09_tables.ipynb #4f7263e4
 def _refuse_bytes(path: Path, shown: str) -> list[str]:
     """Notes on the bytes of a JSON file; raises `ParamsError` for what can only be read as nonsense."""
     raw = path.read_bytes()
@@ -43,7 +43,7 @@ def _refuse_bytes(path: Path, shown: str) -> list[str]:
         raise ParamsError(f"{shown}: line {line}, byte {error.start}: not UTF-8; convert it: iconv -f GB18030 (or as it is) -t UTF-8") from None
     return ["begins with a byte-order mark, which is ignored"] if raw.startswith(b"\xef\xbb\xbf") else []
 
-# %% ../nbs/09_tables.ipynb #4ad96726
+# %% ../nbs/09_tables.ipynb #f4ad9672
 def _why_unreadable(path: Path) -> str:
     """Where a JSON or JSON Lines file breaks, as `line n: why`."""
     text = path.read_text(encoding="utf-8-sig")
@@ -56,7 +56,7 @@ def _why_unreadable(path: Path) -> str:
             return f"line {number + error.lineno - 1}, column {error.colno}: {error.msg}{cut}"
     return "its rows are not alike"
 
-# %% ../nbs/09_tables.ipynb #1206907d
+# %% ../nbs/09_tables.ipynb #51206907
 @contextlib.contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
     """The progress bars of `datasets`, for work that takes a while only."""
@@ -67,7 +67,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
     finally:
         (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
 
-# %% ../nbs/09_tables.ipynb #16e82177
+# %% ../nbs/09_tables.ipynb #d16e8217
 def _open(table: Table, field: str) -> tuple[Dataset, list[str]]:
     """A table as it stands, with notes for the report. `field` is the study's field that names it."""
     if table.hub:
@@ -90,7 +90,7 @@ def _open(table: Table, field: str) -> tuple[Dataset, list[str]]:
     finally:
         logger.setLevel(level)
 
-# %% ../nbs/09_tables.ipynb #cc0609e5
+# %% ../nbs/09_tables.ipynb #ecc0609e
 _TACO = regex.compile(
     r"\s*Instruction in English:\s*(?P<instruction>.*?)\s*,?\s*Response in English:\s*(?P<english>.*?)\s*,?\s*Response in [^:\n]{2,40}:\s*(?P<output>.*?)\s*",
     regex.DOTALL,
@@ -104,7 +104,7 @@ def _from_taco(row: dict[str, Any], lang: str) -> dict[str, Any]:
         return row | {"output": parts and parts["output"]}
     return row | {"instruction": parts and parts["instruction"], "input": "", "output": parts and parts["english"]}
 
-# %% ../nbs/09_tables.ipynb #71153495
+# %% ../nbs/09_tables.ipynb #47115349
 def read_table(table: Table, lang: str, field: str = "") -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a table, each with id, instruction, input, output as found, and notes on what was mended in reading.
 
@@ -122,7 +122,7 @@ def read_table(table: Table, lang: str, field: str = "") -> tuple[list[dict[str,
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
     return [_from_taco(row, lang) for row in rows] if table.format == "taco" else rows, notes
 
-# %% ../nbs/09_tables.ipynb #4e2d2d0d
+# %% ../nbs/09_tables.ipynb #84e2d2d0
 def row_problem(row: dict[str, Any], lang: str, data: DataParams) -> str:
     """Why a row of one language cannot be used, "" when it can."""
     for name in ("instruction", "input", "output"):
@@ -143,7 +143,7 @@ def row_problem(row: dict[str, Any], lang: str, data: DataParams) -> str:
         return f"not a letter of {lang}"
     return ""
 
-# %% ../nbs/09_tables.ipynb #4fd0d716
+# %% ../nbs/09_tables.ipynb #44fd0d71
 MIN_RANK_CORRELATION = 0.4  # of the lengths of parallel questions; judged from 30 examples on
 
 
@@ -168,7 +168,7 @@ class Dropped:
             told = "; ".join(f"{e['count']} x {e['reason']} (first: row {e['examples'][0]['row']})" for e in reasons[:3])
             raise ParamsError(f"{shown}: {count} of {total} rows unusable, more than data.max_dropped = {share:g}: {told}; {remedy}")
 
-# %% ../nbs/09_tables.ipynb #95b51eb5
+# %% ../nbs/09_tables.ipynb #e95b51eb
 def _keys(rows: list[dict], shown: str, by_id: bool, dropped: Dropped) -> dict[str, int]:
     """The key by which each row is joined -> its position."""
     if not by_id:
@@ -184,11 +184,11 @@ def _keys(rows: list[dict], shown: str, by_id: bool, dropped: Dropped) -> dict[s
             keys[str(row["id"])] = n
     return keys
 
-# %% ../nbs/09_tables.ipynb #c4130b08
+# %% ../nbs/09_tables.ipynb #ec4130b0
 def _has_ids(rows: list[dict]) -> bool:
     return any(row["id"] is not None for row in rows)
 
-# %% ../nbs/09_tables.ipynb #7da18cc0
+# %% ../nbs/09_tables.ipynb #37da18cc
 def align(data: DataParams, lang: str) -> tuple[list[tuple[str, dict, dict]], dict[str, Any]]:
     """Read the tables of `lang` and English and pair their rows: (id, target row, English row), with the report of what was dropped and why.
 
@@ -248,17 +248,17 @@ def align(data: DataParams, lang: str) -> tuple[list[tuple[str, dict, dict]], di
     report |= {"examples": len(pairs), "dropped": list(dropped.found.values())}
     return pairs, report
 
-# %% ../nbs/09_tables.ipynb #21cf35d5
+# %% ../nbs/09_tables.ipynb #621cf35d
 def _question(row: dict) -> str:
     return row["instruction"] + (row["input"] or "")
 
-# %% ../nbs/09_tables.ipynb #e408e5d4
+# %% ../nbs/09_tables.ipynb #0e408e5d
 def _rank_correlation(pairs: list[tuple[str, dict, dict]]) -> float | None:
     if len(pairs) < 30:
         return None
     return round(float(spearmanr([len(_question(t)) for _, t, _ in pairs], [len(_question(e)) for _, _, e in pairs]).statistic), 3)
 
-# %% ../nbs/09_tables.ipynb #9f44ddc8
+# %% ../nbs/09_tables.ipynb #f9f44ddc
 def _drop_outliers(pairs: list, data: DataParams, shown: str, positions: dict[str, int], dropped: Dropped) -> list:
     """Without the examples whose answers' lengths are in no usual proportion; 20 characters are added to each, as short answers vary freely."""
     ratios = [(len(t["output"]) + 20) / (len(e["output"]) + 20) for _, t, e in pairs]

@@ -15,7 +15,7 @@ from test_tasks import BROKEN, data_dir, test_a_broken_file_is_one_line  # noqa:
 
 from dsft.checks import check
 from dsft.data import parallel_rows
-from dsft.study import DataParams
+from dsft.settings import DataParams
 
 ENGLISH = [{"id": n, "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
 CHINESE = [{"id": n, "instruction": f"{n}加{n}等于几?", "input": "", "output": f"等于{2 * n}。"} for n in range(20)]
