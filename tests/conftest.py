@@ -52,8 +52,7 @@ def train_on_alpaca(tmp_path_factory) -> Callable:
     """
     from dsft.files import write_jsonl
     from dsft.study import Study
-    from dsft.recipes.sdrrl import training_mix
-    from dsft.training import fine_tune, save_training
+    from dsft.training import RECIPES, fine_tune, recipe_options, save_training
 
     folder = tmp_path_factory.mktemp("alpaca")
 
@@ -68,17 +67,16 @@ def train_on_alpaca(tmp_path_factory) -> Callable:
             layers={"i": 2, "j": 5},
             data={"source": "files", "files": files, "items": 96, "template": "alpaca", "max_length": 256, "max_dropped": 0.3},
             train={"max_steps": 20, "batch_size": 2, "per_device_batch_size": 2, "learning_rate": 1e-3, "bf16": False, "logging_steps": 5},
-            sdrrl={"rouge_l": 0.0, "code_switch": 0.0, "max_new_tokens": 8, "translator": seq2seq(folder / "translator")},
+            recipes={"sdrrl": {"rouge_l": 0.0, "code_switch": 0.0, "max_new_tokens": 8, "translator": seq2seq(folder / "translator")}},
             runs=str(folder / "runs"),
         )
         run = study.run("micro-llama", lang, method, 0)
         if method.startswith("dsft"):
             run.layers_file.parent.mkdir(parents=True, exist_ok=True)
             run.layers_file.write_text('{"i": 2, "j": 5}', encoding="utf-8")
-        if run.mix_file:
-            base = transformers.AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32).eval()
-            rows, _ = training_mix(run, base, transformers.AutoTokenizer.from_pretrained(run.base))
-            write_jsonl(run.mix_file, rows)
+        if run.method.recipes:
+            rows, _ = RECIPES["sdrrl"].rows(run, recipe_options(study, "sdrrl"))
+            write_jsonl(run.recipe_rows, [{"recipe": "sdrrl"} | row for row in rows])
         trainer = fine_tune(run)
         save_training(run, trainer, 0.0, "pytest")
         return run, trainer

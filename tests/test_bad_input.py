@@ -25,7 +25,7 @@ STUDY = {
     "methods": ["tft", "sdrrl"],
     "data": {"source": "files", "files": {"en": "FOLDER/en.json", "zh": "FOLDER/zh.json"}, "template": "alpaca"},
     "train": {"batch_size": 4, "per_device_batch_size": 4},
-    "sdrrl": {"dictionaries": {"zh": "FOLDER/dictionary.txt"}, "translations": {"zh": "FOLDER/translations.jsonl"}},
+    "recipes": {"sdrrl": {"dictionaries": {"zh": "FOLDER/dictionary.txt"}, "translations": {"zh": "FOLDER/translations.jsonl"}}},
 }
 
 
@@ -77,7 +77,10 @@ def study(part="", **fields):
 
     def do(folder):
         content = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
-        (content.setdefault(part, {}) if part else content).update(fields)
+        where = content
+        for name in part.split(".") if part else ():
+            where = where.setdefault(name, {})
+        where.update(fields)
         (folder / "study.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
     return do
@@ -118,7 +121,7 @@ BAD = [
     # instruction data: rows
     ("another language", copied("en.json", "zh.json"), "zh.json: given as data.files.zh, but|Latin|give the right file"),
     ("swapped languages", all_of(moved("en.json", "x"), moved("zh.json", "en.json"), moved("x", "zh.json")), "zh.json: given as data.files.zh, but|give the right file"),
-    ("Chinese as Arabic", study(languages=["ar"], data={"source": "files", "files": {"en": "FOLDER/en.json", "ar": "FOLDER/zh.json"}}, sdrrl={}), "zh.json: given as data.files.ar, but|Arabic letters; the letters are mostly Han"),
+    ("Chinese as Arabic", study(languages=["ar"], data={"source": "files", "files": {"en": "FOLDER/en.json", "ar": "FOLDER/zh.json"}}, recipes={}), "zh.json: given as data.files.ar, but|Arabic letters; the letters are mostly Han"),
     ("never translated row", row("zh.json", 4, instruction="What is 4 and 4?", output="That is 8."), "zh.json: 1 of 20 rows unusable|not a letter of zh (first: row 5)|mend these rows or raise data.max_dropped", {"max_dropped": 0}),
     ("field absent in all rows", rows("zh.json", lambda items: [{"id": r["id"], "text": r["output"]} for r in items]), "zh.json: no field for instruction ('instruction') and output ('output')|data.files.zh.fields"),
     ("field absent in one row", without("zh.json", 6, "output"), "zh.json: output is missing (first: row 7)", {"max_dropped": 0}),
@@ -158,9 +161,9 @@ BAD = [
     ("a word without translation", raw("dictionary.txt", lambda b: b + b"three\n"), "dictionary.txt: line 3: 'three' is not an English and a target word|separate the two"),
     ("a dictionary in another encoding", raw("dictionary.txt", lambda b: b.decode().encode("gb18030")), "sdrrl.dictionaries.zh|not UTF-8|iconv"),
     ("a translation without its text", raw("translations.jsonl", lambda b: b + b'{"en": "No."}\n'), 'translations.jsonl: line 2: not a JSON object with text in "en" and "translation"|mend'),
-    ("no way to translate", study("sdrrl", translations={}), "sdrrl.translator: none|name a translation model"),
-    ("sentences that are not aligned", study("sdrrl", sentences={"zh": ["FOLDER/sentences.en", "FOLDER/sentences.zh"]}), "sentences.en has 2 lines and|sentences.zh 1|aligned by line"),
-    ("no dictionary for a language", study("sdrrl", dictionaries={}), "sdrrl.dictionaries: none for zh|set sdrrl.code_switch: 0"),
+    ("no way to translate", study("recipes.sdrrl", translations={}), "sdrrl.translator: none|name a translation model"),
+    ("sentences that are not aligned", study("recipes.sdrrl", sentences={"zh": ["FOLDER/sentences.en", "FOLDER/sentences.zh"]}), "sentences.en has 2 lines and|sentences.zh 1|aligned by line"),
+    ("no dictionary for a language", study("recipes.sdrrl", dictionaries={}), "sdrrl.dictionaries: none for zh|set recipes.sdrrl.code_switch: 0"),
 ]  # fmt: skip
 
 

@@ -312,5 +312,5 @@ def test_a_plan_lists_the_whole_graph_without_the_network(study, tmp_path):
     spec = load_study(study)
     counts = {words[0]: int(words[1]) for line in result.stdout.splitlines() if len(words := line.split()) == 2 and words[1].isdigit()}
     assert counts["evaluate"] == len(spec.all_runs()) and counts["select_layers"] == len(spec.languages)
-    assert counts["train"] == len({r.training_folder for r in spec.all_runs() if r.method.trains_on})
-    assert counts["distill"] == len(spec.languages) * len(spec.seeds)
+    assert counts["train"] == len(spec.all_trainings())
+    assert counts["recipe_rows"] == len(spec.languages) * len(spec.seeds)

@@ -22,6 +22,7 @@ from dsft.recipes import sdrrl
 from dsft.microcosm import LANGUAGES, World
 from dsft.files import ParamsError
 from dsft.study import Study
+from dsft.training import recipe_options
 
 ENGLISH_WORDS = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat", "dog"]), max_size=9).map(" ".join)
 
@@ -78,16 +79,17 @@ def test_the_microcosm_translates_every_answer_and_question_of_its_instructions(
 
 # ---- the translation model
 def study_on(tmp_path, **changes) -> Study:
+    """A study with SDRRL on real Alpaca; `changes` are options of the recipe."""
     data = {"source": "files", "files": {lang: alpaca(lang) for lang in ("en", "vi")}, "items": 24, "template": "alpaca"}
     fields = {
         "models": {"micro-llama": {"path": str(ROOT / "models" / "micro-llama")}},
         "languages": ["vi"],
         "methods": ["sdrrl"],
         "data": data,
-        "sdrrl": {"code_switch": 0.0, "max_new_tokens": 6, "rouge_l": 0.0, "batch_size": 5},
         "runs": str(tmp_path / "runs"),
     }
-    return Study(**{"name": "study", **fields, **changes, "sdrrl": fields["sdrrl"] | changes.get("sdrrl", {})})
+    options = {"code_switch": 0.0, "max_new_tokens": 6, "rouge_l": 0.0, "batch_size": 5} | changes
+    return Study(**{"name": "study", **fields, "recipes": {"sdrrl": options}})
 
 
 def base(run):
@@ -97,15 +99,17 @@ def base(run):
 
 def test_the_translator_is_told_the_language_and_asked_once(tmp_path, monkeypatch):
     codes = {"en": "eng_Latn", "vi": "vie_Latn"}
-    run = study_on(tmp_path, sdrrl={"translator": seq2seq(tmp_path / "mt-{lang}".format(lang="vi")), "translator_codes": codes}).run("micro-llama", "vi", "sdrrl", 0)
+    run = study_on(tmp_path, translator=seq2seq(tmp_path / "mt"), translator_codes=codes).run("micro-llama", "vi", "sdrrl", 0)
     asked = []
     generate = transformers.T5ForConditionalGeneration.generate
     monkeypatch.setattr(transformers.T5ForConditionalGeneration, "generate", lambda self, **k: asked.append(k) or generate(self, **k))
     texts = ["One.", "Two and two.", "Three."]
-    first = translator(run)(texts)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run.study.sdrrl.translator)
+    options = recipe_options(run.study, "sdrrl")
+    into_vietnamese = lambda texts: translator(options, run.study, "vi", "recipes.sdrrl")(texts)
+    first = into_vietnamese(texts)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.translator)
     assert len(first) == 3 and [k["forced_bos_token_id"] for k in asked] == [tokenizer.convert_tokens_to_ids("vie_Latn")]
-    assert translator(run)(texts) == first and len(asked) == 1
+    assert into_vietnamese(texts) == first and len(asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -122,38 +126,39 @@ def test_a_translator_that_is_none_is_one_line(tmp_path, monkeypatch, changes, s
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     changes = {"translator": seq2seq(tmp_path / "mt")} | {k: v.replace("{folder}", str(tmp_path)) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(ParamsError, match=said) as error:
-        sdrrl.resources(study_on(tmp_path, sdrrl=changes).run("micro-llama", "vi", "sdrrl", 0))
+        run = study_on(tmp_path, **changes).run("micro-llama", "vi", "sdrrl", 0)
+        sdrrl.resources(run, recipe_options(run.study, "sdrrl"))
     assert "\n" not in str(error.value)
 
 
 # ---- the mix
 def test_the_mix_of_real_alpaca_goes_on_after_a_kill(tmp_path, monkeypatch):
-    run = study_on(tmp_path, sdrrl={"translator": seq2seq(tmp_path / "mt")}).run("micro-llama", "vi", "sdrrl", 0)
+    run = study_on(tmp_path, translator=seq2seq(tmp_path / "mt")).run("micro-llama", "vi", "sdrrl", 0)
     model, tokenizer = base(run)
-    rows, report = sdrrl.training_mix(run, model, tokenizer)
+    rows, report = sdrrl.training_mix(run, recipe_options(run.study, "sdrrl"), model, tokenizer)
     assert report["rows"]["question"] == 4 * 24 and report["rows"]["translation"] == 2 and report["examples"] == 24
     assert sum(n for how, n in report["answers"].items() if how != "mean ROUGE-L") == 24
     by = {row["id"]: row for row in rows}
     for n in {row["id"].split("/")[0] for row in rows if row["task"] == "question"}:
-        four = {c: by[f"{n}/{c}"] for c in run.study.sdrrl.combinations}
+        four = {c: by[f"{n}/{c}"] for c in recipe_options(run.study, "sdrrl").combinations}
         assert four["en-en"]["x_tgt"] == four["en-tgt"]["x_tgt"] == four["tgt-en"]["x_en"] != four["tgt-en"]["x_tgt"] == four["tgt-tgt"]["x_tgt"]
         assert four["en-en"]["y_tgt"] == four["tgt-en"]["y_tgt"] == four["tgt-tgt"]["y_en"] and four["en-tgt"]["y_tgt"] == four["tgt-tgt"]["y_tgt"]
     assert all(row[field] for row in rows for field in ("x_tgt", "y_tgt", "x_en", "y_en"))
 
-    (file,) = run.study.folder("micro-llama", "sdrrl").glob("answers-*.jsonl")
+    (file,) = run.study.folder("micro-llama").glob("answers-*.jsonl")
     whole = file.read_text(encoding="utf-8")
     file.write_text("".join(whole.splitlines(keepends=True)[:10]) + '{"n": 3, "ans', encoding="utf-8")
     generated = []
     generate = type(model).generate
     monkeypatch.setattr(type(model), "generate", lambda self, **k: generated.append(len(k["input_ids"])) or generate(self, **k))
-    again, _ = sdrrl.training_mix(run, model, tokenizer)
+    again, _ = sdrrl.training_mix(run, recipe_options(run.study, "sdrrl"), model, tokenizer)
     assert sum(generated) == 24 - 10 and again == rows and sorted(file.read_text(encoding="utf-8").splitlines()) == sorted(whole.splitlines())
 
 
 def test_nothing_that_translates_means_the_reference_in_both_languages(tmp_path):
     (tmp_path / "known.jsonl").write_text('{"en": "nothing like it", "translation": "không"}\n', encoding="utf-8")
-    run = study_on(tmp_path, sdrrl={"translations": {"vi": str(tmp_path / "known.jsonl")}}).run("micro-llama", "vi", "sdrrl", 0)
-    rows, report = sdrrl.training_mix(run, *base(run))
+    run = study_on(tmp_path, translations={"vi": str(tmp_path / "known.jsonl")}).run("micro-llama", "vi", "sdrrl", 0)
+    rows, report = sdrrl.training_mix(run, recipe_options(run.study, "sdrrl"), *base(run))
     from dsft.data import load_parallel
 
     reference = {row["id"]: row for row in load_parallel(run.study.data, "vi")}
@@ -166,7 +171,7 @@ def test_nothing_that_translates_means_the_reference_in_both_languages(tmp_path)
 def test_a_study_distils_and_trains_it_through_snakemake(tmp_path):
     study = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8"))
     study |= {"models": {"micro-llama": {"path": "models/micro-llama"}}, "languages": ["zh"], "methods": ["sdrrl"], "layers": {"i": 1, "j": 4}}
-    study |= {"data": {"items": 12, "max_length": 128}, "evaluation": {"items": 4}, "sdrrl": {"max_new_tokens": 12}}
+    study |= {"data": {"items": 12, "max_length": 128}, "evaluation": {"items": 4}, "recipes": {"sdrrl": {"max_new_tokens": 12}}}
     study |= {"runs": str(tmp_path / "runs"), "figures": str(tmp_path / "figures")}
     study["train"] |= {"batch_size": 8, "per_device_batch_size": 8}
     path = tmp_path / "distilled.yaml"
@@ -177,7 +182,7 @@ def test_a_study_distils_and_trains_it_through_snakemake(tmp_path):
     command = ["snakemake", "--config", f"study={path}", "--nolock", "--cores", "2", "--quiet", "rules", "host", "--", target]
     result = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout[-4000:]
-    rows = [json.loads(line) for line in (run / "sdrrl.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (run / "recipe_rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 4 * 12 + 1 + 1
     report = json.loads((run / "data_report.json").read_text(encoding="utf-8"))
     assert report["tasks"] == {"question": 48, "translation": 1, "completion": 1}
