@@ -16,11 +16,11 @@ import regex
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..code_switching import UNSPACED, code_switch, read_dictionary, text_lines
+from ..code_switching import code_switch, read_dictionary, text_lines
 from ..data import parallel_pairs
 from ..files import ParamsError, project_root
 from ..generation import own_answers, translator
-from ..languages import SCRIPT, language_name
+from ..languages import is_unspaced, language_name
 from ..microcosm import World
 from ..prompts import TEMPLATES
 from ..study import Run
@@ -123,7 +123,7 @@ def chosen_answers(
 # %% ../../nbs/recipes/sdrrl.ipynb #90b2d72e
 def _completion(sentence: str, lang: str, rng: random.Random) -> tuple[str, str] | None:
     """A sentence cut between two words (characters, where none are seen) somewhere in its middle half; None when it is too short."""
-    pieces = list(sentence) if SCRIPT.get(lang) in UNSPACED else regex.findall(r"\S+\s*", sentence)
+    pieces = list(sentence) if is_unspaced(lang) else regex.findall(r"\S+\s*", sentence)
     if len(pieces) < 4:
         return None
     cut = len(pieces) // 4 + int(rng.random() * (len(pieces) // 2 + 1))
