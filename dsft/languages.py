@@ -10,7 +10,7 @@ __all__ = ['base_code', 'language_name', 'script_of', 'is_unspaced', 'count_lett
 import regex
 from babel import Locale
 
-# %% ../nbs/01_languages.ipynb #f0da6ba2
+# %% ../nbs/01_languages.ipynb #7f0da6ba
 def base_code(lang: str) -> str:
     """A language code without script and region: "zh" for zh, zh-Hant and zh_Hans."""
     return lang.replace("_", "-").split("-")[0]
@@ -53,12 +53,12 @@ _SCRIPTS = {
 }
 _SCRIPT = {lang: script for script, langs in _SCRIPTS.items() for lang in langs.split()} | {"ja": "Japanese"}
 
-# %% ../nbs/01_languages.ipynb #ffa815cd
+# %% ../nbs/01_languages.ipynb #5ffa815c
 def script_of(lang: str) -> str | None:
     """The script that a language is written in, None where this table does not have the language."""
     return _SCRIPT.get(base_code(lang))
 
-# %% ../nbs/01_languages.ipynb #cada2a61
+# %% ../nbs/01_languages.ipynb #8cada2a6
 _UNSPACED = ("Han", "Japanese", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
 
 
@@ -66,7 +66,7 @@ def is_unspaced(lang: str) -> bool:
     """Whether a language is written without spaces between its words; False where its script is not known."""
     return script_of(lang) in _UNSPACED
 
-# %% ../nbs/01_languages.ipynb #94a5efc4
+# %% ../nbs/01_languages.ipynb #594a5efc
 _LETTERS = {script: regex.compile(rf"\p{{Script={script}}}+") for script in _SCRIPTS}
 _LETTERS["Japanese"] = regex.compile(r"[\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Han}]+")
 _WORD = regex.compile(r"\p{L}+")
@@ -76,7 +76,7 @@ def count_letters(text: str, script: str | None = None) -> int:
     """How many letters a text has, or how many characters of a script."""
     return sum(map(len, (_LETTERS[script] if script else _WORD).findall(text)))
 
-# %% ../nbs/01_languages.ipynb #48cfdc51
+# %% ../nbs/01_languages.ipynb #d48cfdc5
 _ACCENTED = regex.compile(r"[\u00c0-\u024f\u1e00-\u1eff]")
 
 
@@ -106,9 +106,9 @@ def foreign(text: str, lang: str) -> bool:
         return count_letters(text) >= 30 and accent_share(text) == 0
     return base == "en" and accent_share(text) > 0.15
 
-# %% ../nbs/01_languages.ipynb #f1b252f6
+# %% ../nbs/01_languages.ipynb #08063ba6
 def judge_script(texts: list[str], lang: str) -> tuple[str, str]:
-    """Judge by their letters texts that should be in a language of a known script: (what was seen, what is wrong), the second empty when half of them are in it."""
+    """Judge by their letters texts that should be in a language of known script: (what was seen, what is wrong), the second empty when half are in it."""
     accents = {"vi": " with Vietnamese accents", "en": " without accents"}.get(base_code(lang), "")
     share = sum(in_language(text, lang) for text in texts) / len(texts)
     seen = f"{100 * share:.0f} % of the rows are mostly in {script_of(lang)} letters{accents}"
@@ -118,7 +118,7 @@ def judge_script(texts: list[str], lang: str) -> tuple[str, str]:
     likely = max(_SCRIPTS, key=lambda script: count_letters(text, script))
     return seen, f"only {seen}; the letters are mostly {likely}"
 
-# %% ../nbs/01_languages.ipynb #6cd889a8
+# %% ../nbs/01_languages.ipynb #66cd889a
 _SMALL_WORDS = frozenset("the of to and a in is for that with on are an this you your be as it what from by or was can".split())
 _ENGLISH = 0.12  # small words among the words of a text: above it is English, below it is not
 
