@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from dsft import data as dsft_data
 from dsft.data import TokenizedExample, collate, load_parallel, parallel_rows, rows_digest, tokenize
-from dsft.languages import check_language
 from dsft.files import ParamsError, from_hub
-from dsft.study import DataParams, load_study
+from dsft.languages import check_language
 from dsft.prompts import TEMPLATES
+from dsft.study import DataParams, load_study
 
 ENGLISH = [{"id": f"a-{n}", "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
 VIETNAMESE = [{"id": f"a-{n}", "instruction": f"{n} cộng {n} bằng mấy?", "input": "", "output": f"Bằng {2 * n} đấy."} for n in range(20)]
@@ -94,7 +94,7 @@ def test_a_hub_dataset_is_asked_for_as_the_study_says(monkeypatch, tmp_path):
         rows = [{k: v for k, v in row.items() if k != "id" or args[0] != "tatsu-lab/alpaca"} for row in (ENGLISH if "en" in args[1:] or args[1] is None else VIETNAMESE)]
         return Dataset.from_list(rows)
 
-    monkeypatch.setattr(dsft_data, "load_dataset", load_dataset)
+    monkeypatch.setattr("dsft.tables.load_dataset", load_dataset)
     bactrian = {lang: {"hub": "MBZUAI/Bactrian-X", "name": lang} for lang in ("en", "vi")}
     rows, report = parallel_rows(DataParams(source="files", files=bactrian), "vi")
     assert calls[0] == ("MBZUAI/Bactrian-X", "vi", {"split": "train", "revision": None}) and len(rows) == 20 and report["join"] == "id"

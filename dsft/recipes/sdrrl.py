@@ -6,7 +6,7 @@
 __all__ = ['Combination', 'NAME', 'FIELD', 'RECIPE', 'SDRRLOptions', 'rouge_l', 'Resources', 'resources', 'chosen_answers',
            'training_mix']
 
-# %% ../../nbs/recipes/sdrrl.ipynb #2e9c189d
+# %% ../../nbs/recipes/sdrrl.ipynb #52bdef95
 import json
 import random
 from collections import Counter
@@ -20,16 +20,17 @@ from pydantic import Field
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..code_switching import UNSPACED, code_switch, read_dictionary, text_lines
-from ..data import Pair, example_fields, parallel_pairs, say
+from ..code_switching import code_switch, read_dictionary, text_lines
+from ..data import example_fields, parallel_pairs, say
 from ..files import ParamsError, project_root
 from ..generation import TranslatorOptions, load_base, own_answers, translator
-from ..languages import SCRIPT, language_name
+from ..languages import is_unspaced, language_name
 from ..methods import PATTERNS
 from ..microcosm import World
 from ..prompts import TEMPLATES
 from ..settings import Language, Share
 from ..study import Recipe, Run
+from ..tables import Pair
 
 # %% ../../nbs/recipes/sdrrl.ipynb #9e71770a
 Combination = Literal["en-en", "en-tgt", "tgt-en", "tgt-tgt"]
@@ -151,10 +152,10 @@ def chosen_answers(
     }
     return answers, counts
 
-# %% ../../nbs/recipes/sdrrl.ipynb #90b2d72e
+# %% ../../nbs/recipes/sdrrl.ipynb #b130bbab
 def _completion(sentence: str, lang: str, rng: random.Random) -> tuple[str, str] | None:
     """A sentence cut between two words (characters, where none are seen) somewhere in its middle half; None when it is too short."""
-    pieces = list(sentence) if SCRIPT.get(lang) in UNSPACED else regex.findall(r"\S+\s*", sentence)
+    pieces = list(sentence) if is_unspaced(lang) else regex.findall(r"\S+\s*", sentence)
     if len(pieces) < 4:
         return None
     cut = len(pieces) // 4 + int(rng.random() * (len(pieces) // 2 + 1))
