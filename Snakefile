@@ -204,7 +204,7 @@ rule evaluate:
     input:
         model=trained,
         notebook="nbs/experiments/evaluate.ipynb",
-        code=library("prompts", "microcosm", "backbone", "selection", "metrics", "benchmark_items", "tasks", "inside"),
+        code=library("prompts", "microcosm", "backbone", "metrics", "benchmark_items", "tasks", "inside"),
         tasks=sorted(str(p) for p in Path("dsft/benchmarks").glob("*.yaml")),
         data=benchmark_files(),
     output:
