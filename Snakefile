@@ -154,7 +154,7 @@ rule select_layers:
     input:
         base=lambda w: base_folder(w.model),
         notebook="nbs/experiments/select_layers.ipynb",
-        code=library("prompts", "microcosm", "tables", "data", "backbone", "selection"),
+        code=library("prompts", "phrasebook", "microcosm", "tables", "data", "backbone", "selection"),
     output:
         f"{folder}/{{model}}/{{lang}}/layers.json",
     log:
@@ -169,7 +169,7 @@ rule distill:
     input:
         base=lambda w: base_folder(w.model),
         notebook="nbs/experiments/distill.ipynb",
-        code=library("prompts", "microcosm", "data", "recipes/sdrrl"),
+        code=library("prompts", "phrasebook", "microcosm", "data", "recipes/sdrrl"),
     output:
         f"{RUN}/sdrrl.jsonl",
         f"{RUN}/sdrrl_report.json",
@@ -187,7 +187,7 @@ rule train:
         layers=layers,
         mix=mix,
         notebook="nbs/experiments/train.ipynb",
-        code=library("methods", "prompts", "microcosm", "data", "backbone", "losses", "trainer", "training"),
+        code=library("methods", "prompts", "phrasebook", "microcosm", "data", "backbone", "losses", "trainer", "training"),
     output:
         directory(f"{RUN}/model"),
         f"{RUN}/train_log.jsonl",
@@ -204,7 +204,7 @@ rule evaluate:
     input:
         model=trained,
         notebook="nbs/experiments/evaluate.ipynb",
-        code=library("prompts", "microcosm", "backbone", "selection", "metrics", "benchmark_items", "tasks", "inside"),
+        code=library("prompts", "phrasebook", "microcosm", "backbone", "selection", "metrics", "benchmark_items", "tasks", "inside"),
         tasks=sorted(str(p) for p in Path("dsft/benchmarks").glob("*.yaml")),
         data=benchmark_files(),
     output:

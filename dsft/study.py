@@ -55,7 +55,7 @@ class PretrainParams(Part):
     learning_rate: Rate = 1.5e-3
     text_weight: Share = 1.0  # weight in the loss of a token that is no answer
     seed: int = 0
-    mix: dict[str, float] = {}  # shares of the text that differ from the defaults of dsft.microcosm.Mix
+    mix: dict[str, float] = {}  # shares of the text that differ from the defaults of dsft.pretraining_text.Mix
 
 # %% ../nbs/08_study.ipynb #1a9c2f83
 class ModelParams(Part):
