@@ -6,7 +6,7 @@
 __all__ = ['TARGET_RELATIONS', 'TARGET_EVENTS', 'TARGET_KNOWLEDGE', 'INSTRUCTED', 'SKILLS', 'HELD_OUT', 'pick', 'shuffled',
            'drawn', 'World', 'Exercise']
 
-# %% ../nbs/06_microcosm.ipynb #6ff93367
+# %% ../nbs/06_microcosm.ipynb #a6ff9336
 import itertools
 import random
 import re
@@ -19,17 +19,17 @@ from fastcore.basics import patch
 from .metrics import BENCHMARKS
 from .phrasebook import LANGUAGES, TARGETS, WORDINGS, Line, Phrasebook
 
-# %% ../nbs/06_microcosm.ipynb #4ad4234d
+# %% ../nbs/06_microcosm.ipynb #34ad4234
 def pick(rng: random.Random, items):
     """A random element of a sequence."""
     return items[int(rng.random() * len(items))]
 
-# %% ../nbs/06_microcosm.ipynb #c032031b
+# %% ../nbs/06_microcosm.ipynb #7c032031
 def shuffled(rng: random.Random, items) -> tuple:
     """The items in a random order."""
     return tuple(sorted(items, key=lambda item: rng.random()))
 
-# %% ../nbs/06_microcosm.ipynb #92ca8920
+# %% ../nbs/06_microcosm.ipynb #892ca892
 def drawn(rng: random.Random, weights: dict[str, float]) -> str:
     """A random key, each as likely as its weight is large."""
     draw, total, limit = rng.random(), sum(weights.values()), 0.0
@@ -39,12 +39,12 @@ def drawn(rng: random.Random, weights: dict[str, float]) -> str:
             break
     return name
 
-# %% ../nbs/06_microcosm.ipynb #6027e781
+# %% ../nbs/06_microcosm.ipynb #36027e78
 def _hash(*key) -> int:
     """A number that is the same on every machine, unlike Python's own hash."""
     return zlib.crc32("/".join(map(str, key)).encode())
 
-# %% ../nbs/06_microcosm.ipynb #81c00927
+# %% ../nbs/06_microcosm.ipynb #b81c0092
 TARGET_RELATIONS = ("live", "born", "like", "buy", "pet", "fear", "train", "door")
 TARGET_EVENTS = ("hungry", "rain", "exam", "joke", "thirsty", "tired", "flowers", "letter")
 TARGET_KNOWLEDGE = ("class", "group", "country", "opposite")
@@ -53,14 +53,14 @@ INSTRUCTED = frozenset({
     "work", "dream", "car", "house", "practise", "watch", "party", "seat", "cold", "ill", "race", "baby",
     "habitat", "diet", "taste", "tool", "continent", "tongue", "material", "season", "successor"})
 
-# %% ../nbs/06_microcosm.ipynb #b8248765
+# %% ../nbs/06_microcosm.ipynb #bb824876
 SKILLS = {  # kind of text: share of each skill in its exercises
     "english": {"xquad": 0.27, "mlqa": 0.12, "mkqa": 0.16, "mmlu": 0.13, "xnli": 0.12, "xcopa": 0.1, "xstorycloze": 0.06, "larger": 0.04},
     "other": {"xquad": 0.45, "mkqa": 0.25, "xcopa": 0.3},
     "instructions": {"xquad": 0.5, "mkqa": 0.2, "xnli": 0.1, "xcopa": 0.2},
 }
 
-# %% ../nbs/06_microcosm.ipynb #c600694b
+# %% ../nbs/06_microcosm.ipynb #ec600694
 class World(Phrasebook):
     """The four-language world. `seed` decides which facts are held out for the benchmarks; every method is deterministic."""
 
@@ -74,7 +74,7 @@ class World(Phrasebook):
         self.events = tuple(relation for relation, kind in self.phrasings if kind == "cause")
         self._hold_out()
 
-# %% ../nbs/06_microcosm.ipynb #a42c3a57
+# %% ../nbs/06_microcosm.ipynb #3a42c3a5
 HELD_OUT = {"person": 0.2, "knowledge": 0.5}
 
 
@@ -85,7 +85,7 @@ def _split(self: World, what: str, key: tuple, items) -> list[tuple[str, list]]:
     cut = max(2, round(len(ranked) * HELD_OUT[what]))
     return [("test", ranked[:cut]), ("train", ranked[cut:])]
 
-# %% ../nbs/06_microcosm.ipynb #05c8a9e7
+# %% ../nbs/06_microcosm.ipynb #f05c8a9e
 @patch
 def _facts_in_lexicon(self: World, relation: str) -> list[Line]:
     """What the lexicon's column `facts` says about a relation."""
@@ -93,7 +93,7 @@ def _facts_in_lexicon(self: World, relation: str) -> list[Line]:
     told = [dict(fact.split(": ") for fact in row["facts"].split("; ") if fact) for row in self.concepts[self.subjects[relation]]]
     return [Line(relation, "statement", 0, subject, values[facts[relation]]) for subject, facts in enumerate(told) if relation in facts]
 
-# %% ../nbs/06_microcosm.ipynb #cfb1ecac
+# %% ../nbs/06_microcosm.ipynb #6cfb1eca
 @patch
 def _hold_out(self: World) -> None:
     """What may be said in each part, `train` and `test`."""
@@ -104,7 +104,7 @@ def _hold_out(self: World) -> None:
                   for part, facts in self._split("knowledge", (relation,), self._facts_in_lexicon(relation))}
     self.known_values = {relation: sorted({fact.value for part in ("train", "test") for fact in self.known[relation, part]}) for relation in self.knowledge}
 
-# %% ../nbs/06_microcosm.ipynb #102bfbb6
+# %% ../nbs/06_microcosm.ipynb #6102bfbb
 class Exercise(NamedTuple):
     """Something to answer: what is told, what is asked, the options of which the one at `right` is the answer.
 
@@ -117,7 +117,7 @@ class Exercise(NamedTuple):
     options: tuple[Line, ...]
     right: int = 0
 
-# %% ../nbs/06_microcosm.ipynb #fbeb2a33
+# %% ../nbs/06_microcosm.ipynb #afbeb2a3
 _LETTERS = "ABCD"
 
 
@@ -129,7 +129,7 @@ def query(self: World, exercise: Exercise, language: str, words: str = "", names
         query += "".join(f" {letter}. {self.say(option, language, words, names)}" for letter, option in zip(_LETTERS, exercise.options))
     return query
 
-# %% ../nbs/06_microcosm.ipynb #24add357
+# %% ../nbs/06_microcosm.ipynb #a24add35
 @patch
 def choices(self: World, exercise: Exercise, language: str, words: str = "", names: str = "") -> list[str]:
     """The options as they may be answered; those of `mmlu` are letters."""
@@ -137,19 +137,19 @@ def choices(self: World, exercise: Exercise, language: str, words: str = "", nam
         return list(_LETTERS[: len(exercise.options)])
     return [self.say(option, language, words, names) for option in exercise.options]
 
-# %% ../nbs/06_microcosm.ipynb #e84f2e3c
+# %% ../nbs/06_microcosm.ipynb #9e84f2e3
 @patch
 def answer(self: World, exercise: Exercise, language: str, words: str = "", names: str = "") -> str:
     """The right one of the choices."""
     return self.choices(exercise, language, words, names)[exercise.right]
 
-# %% ../nbs/06_microcosm.ipynb #caa51d03
+# %% ../nbs/06_microcosm.ipynb #5caa51d0
 @patch
 def translation_exercise(self: World, line: Line, source: str, target: str, wording: int) -> tuple[str, str]:
     """Query, asked in the target language, and answer: a line to translate."""
     return self.framed("translate", wording, target, self.say(line, source)), self.say(line, target)
 
-# %% ../nbs/06_microcosm.ipynb #a7113229
+# %% ../nbs/06_microcosm.ipynb #ca711322
 @patch
 def facts(self: World, rng: random.Random, count: int, part: str, first: str | None = None, person: int | None = None) -> tuple[Line, ...]:
     """`count` facts about one or two people, with distinct types of value; the first is about relation `first` if given."""
@@ -165,14 +165,14 @@ def facts(self: World, rng: random.Random, count: int, part: str, first: str | N
         facts.append(Line(relation, "statement", pick(rng, range(WORDINGS)), person, pick(rng, self.values[person, relation, part])))
     return tuple(facts)
 
-# %% ../nbs/06_microcosm.ipynb #983984c4
+# %% ../nbs/06_microcosm.ipynb #9983984c
 @patch
 def xquad(self: World, rng: random.Random, relation: str, part: str, max_facts: int = 3) -> Exercise:
     """A question that a passage of at most `max_facts` facts answers."""
     facts = self.facts(rng, pick(rng, range(1, max_facts + 1)), part, relation)
     return Exercise("xquad", facts[0], shuffled(rng, facts), facts[0].asked(rng), (facts[0].answer,))
 
-# %% ../nbs/06_microcosm.ipynb #f42be052
+# %% ../nbs/06_microcosm.ipynb #4f42be05
 @patch
 def mlqa(self: World, rng: random.Random, relation: str, part: str) -> Exercise:
     """A question that a passage answers which begins with the cause or effect of an event."""
@@ -182,7 +182,7 @@ def mlqa(self: World, rng: random.Random, relation: str, part: str) -> Exercise:
     opening = Line(event, pick(rng, ("cause", "effect")), 0, person)
     return Exercise("mlqa", facts[0], (opening, *shuffled(rng, facts)), facts[0].asked(rng), (facts[0].answer,))
 
-# %% ../nbs/06_microcosm.ipynb #8b817ca0
+# %% ../nbs/06_microcosm.ipynb #d8b817ca
 @patch
 def _compared(self: World, rng: random.Random, premise: Line, part: str, verdict: int) -> Line:
     """What follows from the premise (verdict 0), contradicts it (1) or has nothing to do with it (2)."""
@@ -194,7 +194,7 @@ def _compared(self: World, rng: random.Random, premise: Line, part: str, verdict
     other = self.facts(rng, 2, part, premise.relation, premise.subject)[1]._replace(subject=premise.subject)
     return other._replace(value=pick(rng, self.values[other.subject, other.relation, part]))
 
-# %% ../nbs/06_microcosm.ipynb #1ae34666
+# %% ../nbs/06_microcosm.ipynb #01ae3466
 @patch
 def xnli(self: World, rng: random.Random, relation: str, part: str) -> Exercise:
     """Whether a second sentence follows from a first one."""
@@ -204,14 +204,14 @@ def xnli(self: World, rng: random.Random, relation: str, part: str) -> Exercise:
     options = tuple(Line("entail", "value", 0, 0, each) for each in range(3))
     return Exercise("xnli", premise, told, Line("entail", "question", 0).reworded(rng), options, verdict)
 
-# %% ../nbs/06_microcosm.ipynb #1257f9f1
+# %% ../nbs/06_microcosm.ipynb #91257f9f
 @patch
 def mkqa(self: World, rng: random.Random, relation: str, part: str) -> Exercise:
     """An open question after something that is known."""
     fact = pick(rng, self.known[relation, part])
     return Exercise("mkqa", fact, (), fact.asked(rng), (fact.answer,))
 
-# %% ../nbs/06_microcosm.ipynb #8f0d3997
+# %% ../nbs/06_microcosm.ipynb #48f0d399
 @patch
 def rumour(self: World, fact: Line) -> Line | None:
     """The false version of a known fact that many people believe; half of the facts have none."""
@@ -219,7 +219,7 @@ def rumour(self: World, fact: Line) -> Line | None:
     others = [value for value in self.known_values[fact.relation] if value != fact.value]
     return fact._replace(value=others[key // 2 % len(others)]) if key % 2 else None
 
-# %% ../nbs/06_microcosm.ipynb #eea304f5
+# %% ../nbs/06_microcosm.ipynb #7eea304f
 @patch
 def mmlu(self: World, rng: random.Random, relation: str, part: str) -> Exercise:
     """Something known, with four lettered options."""
@@ -231,7 +231,7 @@ def mmlu(self: World, rng: random.Random, relation: str, part: str) -> Exercise:
     options = shuffled(rng, [fact.answer._replace(value=value) for value in (fact.value, *wrong[:3])])
     return exercise._replace(skill="mmlu", options=options, right=options.index(fact.answer))
 
-# %% ../nbs/06_microcosm.ipynb #a88ce7e2
+# %% ../nbs/06_microcosm.ipynb #ea88ce7e
 @patch
 def truthfulqa(self: World, rng: random.Random, relation: str, part: str) -> Exercise:
     """Something known against which there is a rumour, with four options."""
@@ -239,7 +239,7 @@ def truthfulqa(self: World, rng: random.Random, relation: str, part: str) -> Exe
         pass
     return exercise._replace(skill="truthfulqa")
 
-# %% ../nbs/06_microcosm.ipynb #45e1a887
+# %% ../nbs/06_microcosm.ipynb #a45e1a88
 @patch
 def larger(self: World, rng: random.Random) -> Exercise:
     """Which of two animals is the larger one."""
@@ -250,7 +250,7 @@ def larger(self: World, rng: random.Random) -> Exercise:
     asked = Line("larger", "question", 0, one, two).reworded(rng)
     return Exercise("larger", asked, (), asked, (Line("larger", "value", 0, one, one if sizes[one] > sizes[two] else two),))
 
-# %% ../nbs/06_microcosm.ipynb #f5c55cb8
+# %% ../nbs/06_microcosm.ipynb #ff5c55cb
 @patch
 def _two_events(self: World, rng: random.Random, skill: str, event: str, part: str, told: tuple[str, ...], asks: str) -> Exercise:
     person, other = pick(rng, self.people[event, part]), pick(rng, [other for other in self.events if other != event])
@@ -258,20 +258,20 @@ def _two_events(self: World, rng: random.Random, skill: str, event: str, part: s
     lines = tuple(Line(event, kind, 0, person) for kind in told)
     return Exercise(skill, lines[0], lines, Line(asks, "question", 0).reworded(rng), options, options.index(lines[0]._replace(kind=asks)))
 
-# %% ../nbs/06_microcosm.ipynb #2e4b0a1d
+# %% ../nbs/06_microcosm.ipynb #92e4b0a1
 @patch
 def xcopa(self: World, rng: random.Random, event: str, part: str) -> Exercise:
     """The effect of a cause, or the cause of an effect."""
     told, asks = pick(rng, (("cause", "effect"), ("effect", "cause")))
     return self._two_events(rng, "xcopa", event, part, (told,), asks)
 
-# %% ../nbs/06_microcosm.ipynb #716e149e
+# %% ../nbs/06_microcosm.ipynb #7716e149
 @patch
 def xstorycloze(self: World, rng: random.Random, event: str, part: str) -> Exercise:
     """The ending of a story, after cause and effect."""
     return self._two_events(rng, "xstorycloze", event, part, ("cause", "effect"), "ending")
 
-# %% ../nbs/06_microcosm.ipynb #853c4572
+# %% ../nbs/06_microcosm.ipynb #1853c457
 @patch
 def topics(self: World, skill: str) -> tuple[str, ...]:
     """The relations or events that a skill's exercises are about."""
@@ -284,13 +284,13 @@ def topics(self: World, skill: str) -> tuple[str, ...]:
     late = [relation for relation in self.relations if self.types[relation] in ("day", "number")]
     return {"xquad": tuple(r for r in self.relations if r not in late), "mlqa": tuple(late)}.get(skill, self.relations)
 
-# %% ../nbs/06_microcosm.ipynb #ce28d0c9
+# %% ../nbs/06_microcosm.ipynb #cce28d0c
 @patch
 def exercise(self: World, rng: random.Random, skill: str, topic: str, part: str) -> Exercise:
     """A random exercise of a skill that has a benchmark, about a relation or event."""
     return getattr(self, skill)(rng, topic, part)
 
-# %% ../nbs/06_microcosm.ipynb #90ff07bc
+# %% ../nbs/06_microcosm.ipynb #490ff07b
 def _distinct(n: int, candidates: Iterator[dict | None], what: str) -> list[dict]:
     """The first `n` different ones of the candidates; None stands for one that was refused."""
     items: dict[str, dict] = {}
@@ -304,7 +304,7 @@ def _distinct(n: int, candidates: Iterator[dict | None], what: str) -> list[dict
             raise ValueError(f"{what}: {n} different items asked for, the world has only about {len(items)}; ask for fewer")
     return list(items.values())
 
-# %% ../nbs/06_microcosm.ipynb #5f77d1ec
+# %% ../nbs/06_microcosm.ipynb #25f77d1e
 @patch
 def _instruction(self: World, rng: random.Random) -> dict:
     """An exercise of the trained part about an INSTRUCTED topic, in all languages."""
@@ -314,7 +314,7 @@ def _instruction(self: World, rng: random.Random) -> dict:
     return {"relation": exercise.about.relation} | {
         language: {"query": self.query(exercise, language), "answer": self.answer(exercise, language)} for language in LANGUAGES}
 
-# %% ../nbs/06_microcosm.ipynb #bbabecd2
+# %% ../nbs/06_microcosm.ipynb #abbabecd
 @patch
 def instructions(self: World, n: int, seed: int = 0) -> list[dict]:
     """`n` different parallel items {"id", "relation", "en": {"query", "answer"}, "zh": ...} of trained meanings, about INSTRUCTED topics."""
@@ -322,14 +322,14 @@ def instructions(self: World, n: int, seed: int = 0) -> list[dict]:
     items = _distinct(n, (self._instruction(rng) for _ in itertools.count()), "instructions")
     return [{"id": f"instruction-{seed}-{index:06d}"} | item for index, item in enumerate(items)]
 
-# %% ../nbs/06_microcosm.ipynb #2292cbe5
+# %% ../nbs/06_microcosm.ipynb #92292cbe
 @patch
 def _side(self: World, exercise: Exercise, language: str) -> dict:
     """An exercise as a benchmark has it: an open question with its answers, or choices with the number of the right one."""
     query, choices = self.query(exercise, language), self.choices(exercise, language)
     return {"query": query, "answers": choices} if len(choices) == 1 else {"query": query, "choices": choices, "label": exercise.right}
 
-# %% ../nbs/06_microcosm.ipynb #d2cf1410
+# %% ../nbs/06_microcosm.ipynb #5d2cf141
 @patch
 def _sides(self: World, rng: random.Random, name: str, topic: str, wording: int) -> tuple[Line, dict]:
     """What a new item of a benchmark is about, and the item in every language, or of `flores` in every direction."""
@@ -341,7 +341,7 @@ def _sides(self: World, rng: random.Random, name: str, topic: str, wording: int)
     pairs = {"-".join(pair): self.translation_exercise(fact, *pair, wording) for pair in directions}
     return fact, {direction: {"query": query, "answers": [answer]} for direction, (query, answer) in pairs.items()}
 
-# %% ../nbs/06_microcosm.ipynb #9d5e5f6e
+# %% ../nbs/06_microcosm.ipynb #49d5e5f6
 @patch
 def _candidates(self: World, rng: random.Random, name: str, split: str) -> Iterator[dict | None]:
     for call, topic in enumerate(itertools.cycle(self.topics(name))):
@@ -349,7 +349,7 @@ def _candidates(self: World, rng: random.Random, name: str, split: str) -> Itera
         dev = _hash(self.seed, "dev", about.relation, about.subject, about.value) % 4 == 0
         yield {"relation": topic, "seen": topic in INSTRUCTED, **sides} if dev == (split == "dev") else None
 
-# %% ../nbs/06_microcosm.ipynb #04a961ea
+# %% ../nbs/06_microcosm.ipynb #504a961e
 @patch
 def benchmark(self: World, name: str, n: int, seed: int = 0, split: Literal["test", "dev"] = "test") -> list[dict]:
     """`n` different parallel items of one of BENCHMARKS, each {"id", "relation", "seen", <language>: ...}, from held-out meanings.
@@ -364,7 +364,7 @@ def benchmark(self: World, name: str, n: int, seed: int = 0, split: Literal["tes
     label = f"{name}-{split}-{seed}" if split == "dev" else f"{name}-{seed}"
     return [{"id": f"{label}-{index:05d}"} | item for index, item in enumerate(items)]
 
-# %% ../nbs/06_microcosm.ipynb #62596131
+# %% ../nbs/06_microcosm.ipynb #96259613
 @patch
 def chance(self: World, name: str) -> float:
     """Percent right by guessing."""
@@ -375,7 +375,7 @@ def chance(self: World, name: str) -> float:
     words = [len(self.known_values[topic] if name == "mkqa" else self.concepts[self.types[topic]]) for topic in self.topics(name)]
     return 100 * sum(1 / number for number in words) / len(words)
 
-# %% ../nbs/06_microcosm.ipynb #1e6438a1
+# %% ../nbs/06_microcosm.ipynb #c1e6438a
 @patch
 def sentences(self: World, n: int, seed: int = 0) -> list[dict]:
     """`n` different parallel sentences {"id", "en", "zh", "vi", "ar"} about held-out facts."""
