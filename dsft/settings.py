@@ -6,7 +6,7 @@
 __all__ = ['Rate', 'Share', 'Language', 'BenchmarkName', 'PretrainParams', 'ModelParams', 'Fields', 'Table', 'DataParams',
            'TrainParams', 'EvalParams', 'Layers', 'one_line', 'read_settings']
 
-# %% ../nbs/08_settings.ipynb #62bcf839
+# %% ../nbs/08_settings.ipynb #662bcf83
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,12 +18,12 @@ from .files import ParamsError, project_root
 from .methods import Part, Trainable
 from .metrics import BENCHMARKS
 
-# %% ../nbs/08_settings.ipynb #b817ba43
+# %% ../nbs/08_settings.ipynb #fb817ba4
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}([-_][A-Za-z0-9]+)*$")]  # zh, vi, ckb, zh-Hant, zho_Hans
 
-# %% ../nbs/08_settings.ipynb #25b6c3cb
+# %% ../nbs/08_settings.ipynb #f6a7a567
 class PretrainParams(Part):
     """How a microcosm base is made: a small decoder, trained from scratch on generated text."""
 
@@ -39,9 +39,9 @@ class PretrainParams(Part):
     learning_rate: Rate = 1.5e-3
     text_weight: Share = 1.0  # weight in the loss of a token that is no answer
     seed: int = 0
-    mix: dict[str, float] = {}  # shares of the text that differ from the defaults of dsft.microcosm.Mix
+    mix: dict[str, float] = {}  # shares of the text that differ from the defaults of dsft.pretraining_text.Mix
 
-# %% ../nbs/08_settings.ipynb #52b5f07d
+# %% ../nbs/08_settings.ipynb #452b5f07
 class ModelParams(Part):
     """One base model of the study."""
 
@@ -55,7 +55,7 @@ class ModelParams(Part):
             raise ValueError("give `path` (a folder or a name on the hub) or `pretrain`")
         return self
 
-# %% ../nbs/08_settings.ipynb #70e79248
+# %% ../nbs/08_settings.ipynb #d70e7924
 class Fields(Part):
     """What a table calls the fields of an example; `id` and `input` may be absent from it."""
 
@@ -64,7 +64,7 @@ class Fields(Part):
     input: str = "input"
     output: str = "output"
 
-# %% ../nbs/08_settings.ipynb #7717238f
+# %% ../nbs/08_settings.ipynb #e7717238
 class Table(Part):
     """Where the examples of one language lie, one a row: a file or a dataset on the hub."""
 
@@ -89,7 +89,7 @@ class Table(Part):
         """How messages and reports call it: the path as the study gives it, or the dataset with its configuration and split."""
         return self.path or ":".join(part for part in (self.hub, self.name, self.split) if part)
 
-# %% ../nbs/08_settings.ipynb #68352baf
+# %% ../nbs/08_settings.ipynb #468352ba
 def _table(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
@@ -116,7 +116,7 @@ class DataParams(Part):
             raise ValueError("`files` needs the English side under the key en")
         return self
 
-# %% ../nbs/08_settings.ipynb #84df1e46
+# %% ../nbs/08_settings.ipynb #684df1e4
 class TrainParams(Part):
     """The fine-tuning recipe; the defaults are the paper's where it states them (see PAPER in the README), else Alpaca's."""
 
@@ -144,7 +144,7 @@ class TrainParams(Part):
             raise ValueError(f"batch_size = {self.batch_size} must be a multiple of per_device_batch_size = {self.per_device_batch_size}")
         return self
 
-# %% ../nbs/08_settings.ipynb #1a1427f3
+# %% ../nbs/08_settings.ipynb #11a1427f
 BenchmarkName = Literal[tuple(BENCHMARKS)]
 
 
@@ -178,7 +178,7 @@ class EvalParams(Part):
                 raise ValueError(f"`{name}` must name at least one, and each once")
         return self
 
-# %% ../nbs/08_settings.ipynb #d66d4496
+# %% ../nbs/08_settings.ipynb #3d66d449
 class Layers(Part):
     """The critical layers, fixed by hand: i for language conversion, j for English thinking, 1 <= i < j <= L."""
 
@@ -191,7 +191,7 @@ class Layers(Part):
             raise ValueError(f"layer i = {self.i} must lie below layer j = {self.j}")
         return self
 
-# %% ../nbs/08_settings.ipynb #cc8e2b68
+# %% ../nbs/08_settings.ipynb #c8e2b688
 def one_line(error: ValidationError, file: str) -> str:
     """The first of pydantic's complaints as `file: field = value: what is wrong`; of the branches of a union the structured one."""
     first, *rest = sorted(error.errors(), key=lambda e: e["type"] == "literal_error")
@@ -207,7 +207,7 @@ def one_line(error: ValidationError, file: str) -> str:
     more = f" (and {len(rest)} more)" if rest else ""
     return f"{file}: {field}{value}: {message}{more}" if field else f"{file}: {message}{more}"
 
-# %% ../nbs/08_settings.ipynb #779d8c04
+# %% ../nbs/08_settings.ipynb #d779d8c0
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key stands once in a mapping."""
 
@@ -228,7 +228,7 @@ def _read_yaml(path: Path, shown: str) -> dict[str, Any]:
         raise ParamsError(f"{shown}: the file must hold fields and values (models, languages, methods, ...), not {type(content).__name__}")
     return content
 
-# %% ../nbs/08_settings.ipynb #bba8da09
+# %% ../nbs/08_settings.ipynb #ba8da092
 _SETTINGS = ("data", "train", "evaluation", "recipes")
 
 

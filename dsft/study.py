@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Methods', 'Seeds', 'Sweep', 'Study', 'contents', 'files_named_in', 'Run', 'Recipe', 'load_study', 'num_hidden_layers']
 
-# %% ../nbs/08_study.ipynb #d1473ac0
+# %% ../nbs/08_study.ipynb #bd1473ac
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ from .files import ParamsError, digest, exclusive, project_root, replacing
 from .methods import Method, Part, Stage, method_from_name
 from .settings import DataParams, EvalParams, Language, Layers, ModelParams, TrainParams, one_line, read_settings
 
-# %% ../nbs/08_study.ipynb #02130af3
+# %% ../nbs/08_study.ipynb #2130af3c
 def _method(value: Any) -> Any:
     return method_from_name(value) if isinstance(value, str) else value
 
@@ -40,7 +40,7 @@ def _distinct(values: tuple) -> tuple:
 Methods = Annotated[tuple[Annotated[Method, BeforeValidator(_method)], ...], Field(min_length=1), AfterValidator(_distinct)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_distinct)]
 
-# %% ../nbs/08_study.ipynb #94318e0b
+# %% ../nbs/08_study.ipynb #4318e0bc
 class Sweep(Part):
     """More methods on a part of the study's grid; what is left out is as in the study."""
 
@@ -49,7 +49,7 @@ class Sweep(Part):
     languages: Annotated[tuple[Language, ...], Field(min_length=1)] | None = None
     seeds: Seeds | None = None
 
-# %% ../nbs/08_study.ipynb #210ba518
+# %% ../nbs/08_study.ipynb #10ba518a
 class Study(Part):
     """A whole study: every combination of model, target language, method and seed is one run, and those of the sweeps."""
 
@@ -99,7 +99,7 @@ class Study(Part):
                     raise ValueError(f"methods: {chain[-2].name} starts from {start!r}, which {'is never trained' if not chain[-1].stages else 'starts from it'}")
         return self
 
-# %% ../nbs/08_study.ipynb #0ac529e9
+# %% ../nbs/08_study.ipynb #ac529e9e
 @patch(as_prop=True)
 def every_method(self: Study) -> dict[str, Method]:
     """Name -> method, those of the sweeps included."""
@@ -111,7 +111,7 @@ def method(self: Study, name: str) -> Method:
     """A method of the study, or by its name any other; raises `ValueError` for a name that is none."""
     return self.every_method.get(name) or method_from_name(name)
 
-# %% ../nbs/08_study.ipynb #b25ebf0c
+# %% ../nbs/08_study.ipynb #25ebf0cf
 @patch
 def folder(self: Study, *parts: str) -> Path:
     """A path inside the study's run folder, runs/<study>/..."""
@@ -139,7 +139,7 @@ def base(self: Study, model: str) -> str:
     local = project_root() / params.path
     return str(local) if params.pretrain or local.exists() else params.path
 
-# %% ../nbs/08_study.ipynb #3054fe43
+# %% ../nbs/08_study.ipynb #054fe434
 @patch(as_prop=True)
 def file(self: Study) -> str:
     """By what `load_study` finds it again: its name, or the path of its file."""
@@ -151,7 +151,7 @@ def published_as(self: Study) -> dict[str, str]:
     """Model of the study -> the paper's model whose numbers stand beside it, for those that have one."""
     return {name: model.published for name, model in self.models.items() if model.published}
 
-# %% ../nbs/08_study.ipynb #b885469a
+# %% ../nbs/08_study.ipynb #885469aa
 @patch(as_prop=True)
 def swept_knob(self: Study) -> tuple[str, dict[str, float]] | None:
     """The one knob of the pretraining text that every model sets differently, and model -> setting; None where there is none."""
@@ -162,7 +162,7 @@ def swept_knob(self: Study) -> tuple[str, dict[str, float]] | None:
             return knob, settings
     return None
 
-# %% ../nbs/08_study.ipynb #f035775a
+# %% ../nbs/08_study.ipynb #035775a6
 @patch
 def run(self: Study, model: str, lang: str, method: str, seed: int) -> "Run":
     """One run of the study, or by hand of another method by name. Raises `ParamsError` for an unknown model, language, method or seed."""
@@ -176,7 +176,7 @@ def run(self: Study, model: str, lang: str, method: str, seed: int) -> "Run":
         raise ParamsError(f"parameter seed = {seed!r}: give a whole number from 0 on")
     return Run(self, model, lang, known_methods[method], seed)
 
-# %% ../nbs/08_study.ipynb #ed341405
+# %% ../nbs/08_study.ipynb #d341405b
 @patch
 def all_runs(self: Study) -> list["Run"]:
     """Every run: models x languages x methods x seeds, then those of the sweeps; a model before fine-tuning is run once."""
@@ -198,7 +198,7 @@ def all_trainings(self: Study) -> list["Run"]:
     trained = [link for run in self.all_runs() for link in chain(run) if link.method.stages]
     return list({run.training_folder: run for run in trained}.values())
 
-# %% ../nbs/08_study.ipynb #b2c58491
+# %% ../nbs/08_study.ipynb #2c584911
 _NOTEBOOKS = {  # notebook of nbs/experiments -> its parameters
     "pretrain": ("study", "model"),
     "select_layers": ("study", "model", "lang"),
@@ -207,7 +207,7 @@ _NOTEBOOKS = {  # notebook of nbs/experiments -> its parameters
     "evaluate": ("study", "model", "lang", "method", "seed"),
 }
 
-# %% ../nbs/08_study.ipynb #a67492c2
+# %% ../nbs/08_study.ipynb #67492c22
 @cache
 def _content(path: Path, size: int, modified: int) -> str:
     return digest(path)
@@ -226,7 +226,7 @@ def files_named_in(options: Any, lang: str, languages: tuple[str, ...]) -> list[
     values = [v for k, v in options.items() if k == lang or k not in languages] if isinstance(options, dict) else options if isinstance(options, (list, tuple)) else []
     return [path for value in values for path in files_named_in(value, lang, languages)]
 
-# %% ../nbs/08_study.ipynb #5f372e56
+# %% ../nbs/08_study.ipynb #f372e56f
 @dataclass(frozen=True)
 class Run:
     """One run of a study."""
@@ -237,7 +237,7 @@ class Run:
     method: Method
     seed: int
 
-# %% ../nbs/08_study.ipynb #b15b55b1
+# %% ../nbs/08_study.ipynb #15b55b14
 @patch(as_prop=True)
 def start(self: Run) -> "Run | None":
     """The run whose model it starts from; None: it starts from the base model."""
@@ -249,7 +249,7 @@ def training_lang(self: Run) -> str:
     """The language trained on. English-only training is the same for every target language: its runs share one model, under `en`."""
     return "en" if self.method.english_only and (self.start is None or self.start.training_lang == "en") else self.lang
 
-# %% ../nbs/08_study.ipynb #108b4ba1
+# %% ../nbs/08_study.ipynb #08b4ba11
 @patch(as_prop=True)
 def base(self: Run) -> str:
     """The base model's folder or its name on the hub."""
@@ -261,7 +261,7 @@ def start_model(self: Run) -> str:
     """The model that training starts from: the base model, or what `start` trained."""
     return self.start.trained if self.start else self.base
 
-# %% ../nbs/08_study.ipynb #6ddb8acf
+# %% ../nbs/08_study.ipynb #ddb8acf1
 @patch(as_prop=True)
 def folder(self: Run) -> Path:
     """runs/<study>/<model>/<lang>/<method>/seed<k>"""
@@ -273,7 +273,7 @@ def training_folder(self: Run) -> Path:
     """The run folder that holds the training: model/, train_log.jsonl and, while it goes on, its checkpoints."""
     return self.study.folder(self.model, self.training_lang, self.method.name, f"seed{self.seed}")
 
-# %% ../nbs/08_study.ipynb #652a4ee1
+# %% ../nbs/08_study.ipynb #52a4ee12
 @patch(as_prop=True)
 def layers_file(self: Run) -> Path:
     """The file of the critical layers of this model and language."""
@@ -291,7 +291,7 @@ def trained(self: Run) -> str:
     """The model to evaluate: the fine-tuned one, or the base where the method does not train."""
     return str(self.training_folder / "model") if self.method.stages else self.base
 
-# %% ../nbs/08_study.ipynb #55c15523
+# %% ../nbs/08_study.ipynb #5c15523e
 @patch(as_prop=True)
 def stages(self: Run) -> tuple[Stage, ...]:
     """The method's stages with the critical layers of this model and language, and the study's `trainable`, filled in."""
@@ -301,7 +301,7 @@ def stages(self: Run) -> tuple[Stage, ...]:
     stages = (stage.at(layers["i"], layers["j"]) for stage in self.method.stages)
     return tuple(stage.model_copy(update={"trainable": stage.trainable or self.study.train.trainable}) for stage in stages)
 
-# %% ../nbs/08_study.ipynb #26c15104
+# %% ../nbs/08_study.ipynb #6c151044
 @patch(as_prop=True)
 def key(self: Run) -> dict[str, Any]:
     """What identifies the run, in plain values: study, model, lang, method, seed."""
@@ -319,7 +319,7 @@ def data_files(self: Run) -> dict[str, str]:
     named = [path for options in self._recipe_options.values() for path in files_named_in(options, self.training_lang, self.study.languages)]
     return contents([*self.study.data_files(self.training_lang), *named])
 
-# %% ../nbs/08_study.ipynb #7e3f1fc9
+# %% ../nbs/08_study.ipynb #e3f1fc93
 @patch(as_prop=True)
 def inputs(self: Run) -> dict[str, Any]:
     """What the training depends on, in plain values: the key, the stages written out, layers, data and their content, recipe and base model."""
@@ -336,7 +336,7 @@ def checkpoints(self: Run) -> Path:
     known = json.dumps(self.inputs, sort_keys=True) + layers + digest(self.start_model)
     return self.training_folder / f"checkpoints-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
 
-# %% ../nbs/08_study.ipynb #374fec72
+# %% ../nbs/08_study.ipynb #74fec72e
 @patch
 def write_params(self: Run) -> None:
     """Write params.yaml into the run's folder: the parameters as used, defaults filled in."""
@@ -344,7 +344,7 @@ def write_params(self: Run) -> None:
         used = self.inputs | self.key | self.study.model_dump(mode="json", include={"evaluation"})
         temporary.write_text(yaml.safe_dump(used, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-# %% ../nbs/08_study.ipynb #baafdac5
+# %% ../nbs/08_study.ipynb #aafdac57
 @patch
 def parameters(self: Run, notebook: str) -> dict[str, Any]:
     """The parameters that a notebook of nbs/experiments takes for this run."""
@@ -358,7 +358,7 @@ def command(self: Run, notebook: str) -> str:
     given = "".join(f" -p {name} {value}" for name, value in self.parameters(notebook).items())
     return f"papermill nbs/experiments/{notebook}.ipynb out.ipynb{given}"
 
-# %% ../nbs/08_study.ipynb #7344d231
+# %% ../nbs/08_study.ipynb #344d2316
 @patch
 def require(self: Run, notebook: str, result: str | Path) -> None:
     """Make sure that `result` exists: if not, execute the notebook of nbs/experiments whose job it is, for this run."""
@@ -371,7 +371,7 @@ def require(self: Run, notebook: str, result: str | Path) -> None:
             source = project_root() / "nbs" / "experiments" / f"{notebook}.ipynb"
             papermill.execute_notebook(source, result.parent / f"{notebook}.ipynb", self.parameters(notebook), progress_bar=False, cwd=source.parent)
 
-# %% ../nbs/08_study.ipynb #2dd60d32
+# %% ../nbs/08_study.ipynb #dd60d323
 @patch
 def require_base(self: Run) -> None:
     """Make sure that the base model is there, where the study says how it is made."""
@@ -390,7 +390,7 @@ def require_inputs(self: Run) -> None:
     if self.method.recipes:
         self.require("recipe_rows", self.recipe_rows)
 
-# %% ../nbs/08_study.ipynb #49cc6be9
+# %% ../nbs/08_study.ipynb #9cc6be95
 class Recipe(NamedTuple):
     """What a module of dsft.recipes offers."""
 
@@ -398,7 +398,7 @@ class Recipe(NamedTuple):
     rows: Callable[[Run, Any], tuple[list[dict[str, str]], dict[str, Any]]]  # run, options -> rows (id, x_tgt, y_tgt, x_en, y_en and what else tells of them), report
     check: Callable[[Run, Any], None]  # run, options -> raises ParamsError for what is missing, before anything is computed
 
-# %% ../nbs/08_study.ipynb #8e5695f9
+# %% ../nbs/08_study.ipynb #48e5695f
 def load_study(study: str | Path) -> Study:
     """Read and check a study: the name of a file in params/ or the path of a YAML file.
 
@@ -418,7 +418,7 @@ def load_study(study: str | Path) -> Study:
     loaded._file = path.stem if path == project_root() / "params" / path.name else str(path.absolute())
     return loaded
 
-# %% ../nbs/08_study.ipynb #6dc97a97
+# %% ../nbs/08_study.ipynb #dc97a97b
 def num_hidden_layers(study: Study, model: str) -> int | None:
     """L of a base model as far as it is known without loading it: from `pretrain` or a local config.json."""
     if pretrain := study.models[model].pretrain:

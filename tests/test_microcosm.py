@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 
 from dsft.metrics import BENCHMARKS
-from dsft.microcosm import (
-    INSTRUCTED, LANGUAGES, TARGET_EVENTS, TARGET_KNOWLEDGE, TARGET_RELATIONS, TARGETS, Line, Mix, World, read_shipped)
+from dsft.microcosm import INSTRUCTED, TARGET_EVENTS, TARGET_KNOWLEDGE, TARGET_RELATIONS, World
+from dsft.phrasebook import LANGUAGES, TARGETS, Line, read_shipped
+from dsft.pretraining_text import Mix, pretraining_texts
 
 SCRIPTS = {"en": r"[A-Za-z ]+", "zh": r"[一-鿿]+", "vi": r"[A-Za-zÀ-ỹĐđ\- ]+", "ar": r"[ء-ي ]+"}
 ENDS = {"en": ".?", "zh": "。？", "vi": ".?", "ar": ".؟"}
@@ -18,7 +19,7 @@ world = World()
 
 
 def documents(n: int, mix: Mix = Mix(), seed: int = 0) -> list[str]:
-    return list(itertools.islice(world.pretraining_texts(mix, seed), n))
+    return list(itertools.islice(pretraining_texts(world, mix, seed), n))
 
 
 def row_of(kind: str, word: str) -> int:
@@ -29,7 +30,7 @@ def test_the_world_is_as_large_as_promised():
     assert len(LEXICON) >= 400 and len(world.relations) >= 24 and len(world.events) >= 24
     assert min(Counter(world.types[relation] for relation in world.relations).values()) >= 4
     assert {"person", "city", "food", "animal", "job", "colour", "thing", "number", "day", "quality", "class"} <= set(world.concepts)
-    for (relation, kind), wordings in world._phrasings.items():
+    for (relation, kind), wordings in world.phrasings.items():
         assert len(wordings) == (1 if relation in world.events else 3), (relation, kind)
 
 
@@ -48,7 +49,7 @@ def test_no_two_concepts_of_a_type_share_a_word(language):
 
 
 def test_grammar_columns():
-    subjects = set(world.subjects.values()) - {"task"}
+    subjects = set(world.subjects.values()) - {"exercise"}
     assert all(row["gender"] in ("m", "f") for row in LEXICON if row["type"] in subjects)
     assert all(row["ar_f"] and row["ar_f"] != row["ar"] for row in world.concepts["job"])
     assert all(row["zh_class"] and row["vi_class"] for row in world.concepts["animal"])
@@ -74,7 +75,7 @@ def test_every_phrasing_has_its_slots_and_punctuation():
             if row["kind"] == "frame":
                 assert text.count("{s}") == 1
                 continue
-            assert ("{n}" in text) == (row["subject"] != "task"), row
+            assert ("{n}" in text) == (row["subject"] != "exercise"), row
             assert ("{v}" in text) == (row["kind"] == "statement" or row["relation"] == "larger"), row
             assert text[-1] in ENDS[language] and (text[-1] in "?？؟") == (row["kind"] == "question"), row
             assert "/" not in re.sub(r"\[[^\[\]]+/[^\[\]]+\]", "", text), row
@@ -166,7 +167,7 @@ def test_no_translation_of_the_benchmark_is_in_any_training_text(trained):
 
 
 def test_knowledge_of_the_benchmarks_is_told_in_english_only():
-    facts = [fact for relation in world.knowledge for fact in world._known[relation, "test"]]
+    facts = [fact for relation in world.knowledge for fact in world.known[relation, "test"]]
     told = {language: {world.say(fact._replace(wording=wording), language) for fact in facts for wording in range(3)} for language in LANGUAGES}
     english = {sentence for text in documents(40_000, Mix(english=1, tasks=0, knowledge=0.9)) for sentence in told_in(text)}
     assert len(told["en"] & english) > 0.9 * len(told["en"])
@@ -186,13 +187,13 @@ def test_knowledge_of_the_benchmarks_is_told_in_english_only():
 
 
 def test_held_out_parts_are_disjoint_and_complete():
-    for (person, relation, part), values in world._values.items():
-        other = world._values[person, relation, "train" if part == "test" else "test"]
+    for (person, relation, part), values in world.values.items():
+        other = world.values[person, relation, "train" if part == "test" else "test"]
         assert len(values) >= 2 and not set(values) & set(other) and len(values) + len(other) == len(world.concepts[world.types[relation]])
-    for (event, part), people in world._people.items():
-        assert people and not set(people) & set(world._people[event, "train" if part == "test" else "test"])
+    for (event, part), people in world.people.items():
+        assert people and not set(people) & set(world.people[event, "train" if part == "test" else "test"])
     for relation in world.knowledge:
-        assert not {fact.subject for fact in world._known[relation, "train"]} & {fact.subject for fact in world._known[relation, "test"]}
+        assert not {fact.subject for fact in world.known[relation, "train"]} & {fact.subject for fact in world.known[relation, "test"]}
 
 
 def test_instructions_teach_only_instructed_topics_and_every_type_of_value():
@@ -241,9 +242,9 @@ def test_right_and_wrong_choices_are_equally_long_on_average():
 
 def test_rumours_are_false_and_among_the_choices():
     for relation in world.knowledge:
-        for fact in world._known[relation, "test"]:
+        for fact in world.known[relation, "test"]:
             rumour = world.rumour(fact)
-            assert rumour is None or rumour.value != fact.value and rumour.value in world._range[relation]
+            assert rumour is None or rumour.value != fact.value and rumour.value in world.known_values[relation]
     for item in world.benchmark("truthfulqa", 200):
         assert len(item["en"]["choices"]) == 4
 
