@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PACKAGES', 'ParamsError', 'project_root', 'replacing', 'write_json', 'write_jsonl', 'read_rows',
-           'exclusive', 'digest', 'json_digest', 'python_code', 'import_closure', 'code_digest', 'git', 'provenance',
-           'from_hub']
+           'exclusive', 'digest', 'json_digest', 'python_code', 'import_closure', 'strings', 'package_data',
+           'code_digest', 'git', 'provenance', 'from_hub']
 
 # %% ../nbs/00_files.ipynb #16b2a432
 import ast
@@ -163,6 +163,29 @@ def import_closure(path: str | Path, without: Iterable[str] = ()) -> list[Path]:
         found |= new
         open_files += new
     return sorted(found)
+
+# %% ../nbs/00_files.ipynb #2f108d84
+def _joined(node: ast.AST) -> str:
+    """A string in the code, or several joined by `/`; "" for everything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        return "/".join(part for part in (_joined(node.left), _joined(node.right)) if part)
+    return ""
+
+# %% ../nbs/00_files.ipynb #ec683e9b
+def strings(code: str) -> set[str]:
+    """The strings in Python code that are not empty, each alone and joined with others by `/`."""
+    return {text for text in map(_joined, ast.walk(ast.parse(code))) if text}
+
+# %% ../nbs/00_files.ipynb #e613c6b8
+def package_data(paths: Iterable[str | Path]) -> list[Path]:
+    """The data files inside the package, sorted, that modules or notebooks read with `importlib.resources`, as far as their strings tell."""
+    readers = [code for code in map(python_code, paths) if "importlib.resources" in code]
+    named = set().union(*map(strings, readers))
+    parts = [part for part in (project_root() / PACKAGE).glob("*") if part.name in named]
+    files = [file for part in parts for file in (part.rglob("*") if part.is_dir() else [part])]
+    return sorted(file for file in files if file.is_file() and file.suffix not in (".py", ".pyc"))
 
 # %% ../nbs/00_files.ipynb #68e0ee75
 @cache

@@ -24,10 +24,11 @@ def test_no_committed_output_is_stale(monkeypatch):
 NOTEBOOK = Path("nbs/analysis/table.ipynb")
 FILES = {
     ".gitignore": "runs/\n",
-    "dsft/files.py": "ONE = 1",
+    "dsft/files.py": "from importlib.resources import files\nONE = 1\nREAD = files('dsft') / 'lexicon.csv', files('dsft') / 'benchmarks' / f'{ONE}.yaml'",
     "dsft/results.py": "from .files import ONE",
     "dsft/report.py": "TWO = 2",
     "dsft/lexicon.csv": "tree,Baum",
+    "dsft/published.csv": "60",
     "dsft/benchmarks/xquad.yaml": "task: xquad",
     "params/tiny.yaml": "seeds: [0]",
     "params/other.yaml": "seeds: [0]",
@@ -97,6 +98,7 @@ def test_a_change_of_what_it_was_made_from_makes_a_notebook_stale(notebook, path
         (str(NOTEBOOK), '"outputs": []', '"outputs": [{"output_type": "stream", "name": "stdout", "text": "1"}]'),
         ("dsft/files.py", "ONE = 1", "# %% ../nbs/00_files.ipynb #1f2e\nONE = 1\n"),
         ("dsft/report.py", "TWO = 2", "TWO = 3"),
+        ("dsft/published.csv", "60", "61"),
         ("params/other.yaml", "0", "1"),
         ("figures/tiny/table2.md", "60", "61"),
         ("figures/other/results.csv", "60", "61"),
@@ -130,8 +132,7 @@ def test_prose_and_notebooks_that_are_not_executed_need_no_mark(project):
 
 
 def execute(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-P", "-m", "dsft.notebooks", *arguments]
-    return subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run([sys.executable, "-P", "-m", "dsft.notebooks", *arguments], text=True, capture_output=True)
 
 
 def test_the_command_executes_what_is_stale_and_stops_at_the_first_failure(tmp_path, monkeypatch):
@@ -143,7 +144,7 @@ def test_the_command_executes_what_is_stale_and_stops_at_the_first_failure(tmp_p
     write_files({"nbs/a.ipynb": ["print(open('data/f1.csv').read())"], "nbs/b.ipynb": ["1"], "nbs/prose.ipynb": []})
 
     first = execute()
-    assert first.returncode == 0 and [line.split()[0] for line in first.stdout.splitlines()] == ["nbs/a.ipynb", "nbs/b.ipynb"], first.stdout
+    assert first.returncode == 0 and [line.split()[0] for line in first.stdout.splitlines()] == ["nbs/a.ipynb", "nbs/b.ipynb"], first
     assert "60" in Path("nbs/a.ipynb").read_text() and not is_stale("nbs/a.ipynb")
     written = {path: path.read_bytes() for path in Path("nbs").glob("*.ipynb")}
     subprocess.run([Path(sys.executable).with_name("nbdev_clean")], check=True)
@@ -157,6 +158,6 @@ def test_the_command_executes_what_is_stale_and_stops_at_the_first_failure(tmp_p
     write_files({"nbs/a.ipynb": ["1 / 0"]})
     before = Path("nbs/a.ipynb").read_bytes()
     failed = execute("nbs/a.ipynb", "nbs/b.ipynb")
-    assert failed.returncode == 1 and "ZeroDivisionError" in failed.stdout and "nbs/b.ipynb" not in failed.stdout
-    assert failed.stdout.splitlines()[-1] == "dsft: nbs/a.ipynb failed, see above; it is left as it was"
+    assert failed.returncode == 1 and "ZeroDivisionError" in failed.stderr and "nbs/b.ipynb" not in failed.stdout
+    assert failed.stderr.splitlines()[-1] == "dsft: nbs/a.ipynb failed, see above; it is left as it was"
     assert Path("nbs/a.ipynb").read_bytes() == before and sorted(path.name for path in Path("nbs").iterdir()) == ["a.ipynb", "b.ipynb", "data", "prose.ipynb"]

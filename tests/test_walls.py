@@ -1,7 +1,6 @@
 """The order of the modules: each imports only what lies below it, and the numbers of the notebooks tell that order."""
 
 import ast
-import math
 import re
 import subprocess
 import sys
@@ -36,19 +35,18 @@ def test_no_function_imports_another_module_of_the_library(file):
         assert not ours, f"{file.name}, line {statement.lineno}: {ast.unparse(statement)}"
 
 
-def place(notebook: Path) -> float:
-    """Where a notebook's module stands: its number; recipes lie between 16, the trainer, and 17, the training; others come last."""
-    number = re.match(r"\d\d(?=_)", notebook.name)
-    return float(number[0]) if number else 16.5 if notebook.parent.name == "recipes" else math.inf
+def place(notebook: Path) -> str:
+    """Where a notebook stands in the order of names: those with numbers, the recipes between 16, the trainer, and 17, the training, the others last."""
+    return "16~" if notebook.parent.name == "recipes" else notebook.name if notebook.name[0].isdigit() else "~"
 
 
 def test_numbers_of_notebooks_are_an_order_of_imports(monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = {notebook: re.search(r"^#\| *default_exp (\S+)", python_code(notebook), re.MULTILINE) for notebook in all_notebooks()}
-    places = {f"dsft.{name[1]}": place(notebook) for notebook, name in names.items() if name}
+    modules = {notebook: re.search(r"^#\| *default_exp (\S+)", python_code(notebook), re.MULTILINE) for notebook in all_notebooks()}
+    places = {f"dsft.{module[1]}": place(notebook) for notebook, module in modules.items() if module}
     assert set(places) == set(map(dotted, MODULES))
-    wrong = [(dotted(file), other) for file in MODULES for other in imports(file) if places[other] >= places[dotted(file)]]
-    assert not wrong, "\n".join(f"{a} imports {b}, whose notebook comes later" for a, b in wrong)
+    wrong = [f"{dotted(file)} imports {other}" for file in MODULES for other in imports(file) if places[other] >= places[dotted(file)]]
+    assert not wrong, f"these modules import others whose notebooks come later: {'; '.join(wrong)}"
 
 
 def imports(file: Path) -> set[str]:
