@@ -1,4 +1,4 @@
-# make study [STUDY=name] [CORES=n] · make study-plan · make test · make lab · make bases · make bench · make readme
+# make study [STUDY=name] [CORES=n] · make study-plan · make test · make notebooks · make lab · make bases · make bench · make readme
 # Every target sets up .venv by itself first.
 STUDY ?= micro
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 # Snakemake goes through its whole queue again and again, once every such span, and more often the more jobs have ended: at its default, each second, that took a quarter of a core.
 SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete --max-jobs-per-timespan 1000/5s --max-checksum-file-size 100MB
 
-.PHONY: study study-plan test lab bases readme bench
+.PHONY: study study-plan test notebooks lab bases readme bench
 .DEFAULT_GOAL := study
 
 # torch comes first and by itself: its CPU build is found before anything asks for another one.
@@ -36,6 +36,10 @@ test: .venv/installed
 	bash tests/in_step.sh
 	nbdev_test --n_workers $(CORES) --do_print
 	pytest
+
+# Executes the notebooks whose committed outputs are out of date.
+notebooks: .venv/installed
+	dsft_execute --stale
 
 lab: .venv/installed
 	jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb

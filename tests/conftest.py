@@ -1,4 +1,4 @@
-"""What several test files share: the real Alpaca pieces, and models fine-tuned on them, each trained once a session."""
+"""What several test files share: the real Alpaca pieces, models fine-tuned on them, each trained once a session, and small projects made by hand."""
 
 import os
 import tempfile
@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="dsft-datasets-"))  # before anything imports datasets
 
+import nbformat  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -82,3 +83,22 @@ def train_on_alpaca(tmp_path_factory) -> Callable:
         return run, trainer
 
     return train
+
+
+def write_files(files: dict[str, str | list[str]]) -> None:
+    """Write files below the current folder: of a notebook the sources of its code cells are given, of everything else the text."""
+    for name, content in files.items():
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".ipynb":
+            nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in content]), path)
+        else:
+            path.write_text(content, encoding="utf-8")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project without any code yet, which is also the current folder."""
+    monkeypatch.chdir(tmp_path)
+    write_files({"settings.ini": "", "dsft/__init__.py": "", "dsft/recipes/__init__.py": ""})
+    return tmp_path
