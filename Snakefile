@@ -116,8 +116,8 @@ def code(notebook, recipes=()):
     """
     modules = import_closure(notebook, without=["dsft.recipes"])
     for recipe in recipes:
-        module = Path(f"dsft/recipes/{recipe}.py")
-        modules = sorted({*modules, module.resolve(), *import_closure(module, without=["dsft.recipes"])})
+        wing = Path(f"dsft/recipes/{recipe}.py").resolve()
+        modules = sorted({*modules, wing, *import_closure(wing, without=["dsft.recipes"])})
     return code_digest([notebook, *modules]), contents(package_data(modules))
 
 
