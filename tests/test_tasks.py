@@ -20,9 +20,10 @@ from lm_eval.tasks import TaskManager
 
 from dsft import benchmark_items, metrics, tasks
 from dsft.benchmark_items import SOURCES, check_benchmarks, load_items
-from dsft.metrics import BENCHMARKS
 from dsft.checks import check
 from dsft.files import ParamsError
+from dsft.metrics import BENCHMARKS
+from dsft.prompts import TEMPLATES, WORDING
 from dsft.study import EvalParams, load_study
 
 ROOT = Path(__file__).parents[1]
@@ -289,7 +290,7 @@ def test_a_broken_file_is_one_line(data_dir, name, broken, said):
         ("zh", {"splits": {"mlqa": "train"}}, "evaluation.splits.mlqa = 'train': no such split; choose from test, dev"),
         ("zh", {"splits": {"mlqa": "test"}}, "needs the file mlqa/test-context-zh-question-zh.json or "),
         ("vi", {}, "MLQA in 'vi' needs the file mlqa/dev-context-vi-question-vi.json or "),
-        ("ja", {}, "dsft/benchmarks/prompts.yaml: mlqa has no words in 'ja', only in en, zh, vi, ar; add them there"),
+        ("ja", {}, "dsft/benchmarks/prompts.yaml: mlqa has no wording in 'ja', only in en, zh, vi, ar; add it there"),
         ("zh", {"data_dir": "nowhere"}, "evaluation.data_dir = 'nowhere': no such folder"),
     ],
 )
@@ -330,11 +331,11 @@ def test_dsft_check_reads_the_benchmarks_before_anything_runs(data_dir, tmp_path
 
 
 # ---- prompts and tasks
-def test_every_benchmark_has_words_in_every_language():
-    assert set(benchmark_items.PROMPTS) == set(BENCHMARKS) == set(SOURCES)
-    for name, words in benchmark_items.PROMPTS.items():
-        assert set(words) == {"en", "zh", "vi", "ar"} - ({"en"} if name == "flores" else set())
-        assert all(set(entry) <= {"instruction", "input", "choices"} for entry in words.values())
+def test_every_benchmark_has_a_wording_in_every_language():
+    assert set(WORDING) == set(BENCHMARKS) == set(SOURCES)
+    for name, languages in WORDING.items():
+        assert set(languages) == {"en", "zh", "vi", "ar"} - ({"en"} if name == "flores" else set())
+        assert all(set(entry) <= {"instruction", "input", "choices"} for entry in languages.values())
 
 
 def study_on(folder, tmp_path, *names, **changes):
@@ -634,7 +635,7 @@ def test_with_a_tokenizer_that_begins_with_a_space_choices_have_the_tokens_of_tr
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, models, normalizers
 
-    template = tasks.TEMPLATES["alpaca"]
+    template = TEMPLATES["alpaca"]
     (task,) = tasks.write_tasks(with_alpaca(study_on(data_dir, tmp_path, "xcopa")), "zh")
     letters = sorted({"▁", *(c for row in task.rows for c in row["prompt"] + "".join(row["choices"]))})
     made = Tokenizer(models.BPE({letter: n for n, letter in enumerate([*letters, "<s>"])}, []))
