@@ -26,7 +26,7 @@ class Supervision:
     kind: Literal["logits", "feature"]  # decode English tokens at the layer, or pull the pooled states together
     layer: Literal["i", "j"] | Annotated[int, Field(ge=1)]  # where it acts
     weight: float = Field(default=1.0, ge=0)  # λ of this loss in the total
-    alignment: Literal["teacher_forced", "positional"] = "teacher_forced"  # logits: the English tokens follow x_tgt, or are read off the same positions of the target text
+    alignment: Literal["teacher_forced", "positional"] = "teacher_forced"  # logits: English tokens teacher-forced after x_tgt, or read at the target's positions
     pooling: Literal["mean", "last"] = "mean"  # feature: how a query becomes one vector
     final_norm: bool = True  # logits: apply the model's final norm (and final soft-cap) before W_out
     update_head: bool = False  # logits: let this loss train W_out and the final norm

@@ -31,7 +31,7 @@ CASES = ("tft", "naive", "truncated", "one_pass", "feature", "positional")
 
 def case_loss(model, batch: dict[str, Tensor], case: str, i: int, j: int) -> Tensor:
     """The loss of one of `CASES` with LC at layer i and ET at layer j."""
-    change = {"feature": dict(kind="feature"), "positional": dict(reading="positional")}.get(case, {})
+    change = {"feature": dict(kind="feature"), "positional": dict(alignment="positional")}.get(case, {})
     lc, et = (replace(Supervision(stage=stage, kind="logits", layer=k), **change) for stage, k in (("lc", i), ("et", j)))
     path = case if case in ("naive", "truncated", "one_pass") else "auto"
     return dsft_loss(model, batch, [] if case == "tft" else [lc, et], path)["loss"]
