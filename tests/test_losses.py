@@ -264,6 +264,21 @@ def test_last_layer_is_not_normed_twice(llama, path):
         torch.testing.assert_close(out["et"], out["tft"])
 
 
+def test_truncated_passes_run_in_the_order_of_the_losses(llama, monkeypatch):
+    """The same on every process: under FSDP all of them gather a layer together, and gradients add up in this order."""
+    ran, forward_pass = [], dsft.losses.forward_pass
+
+    def recorded(backbone, batch, segments, layers, depth):
+        ran.append(segments)
+        return forward_pass(backbone, batch, segments, layers, depth)
+
+    monkeypatch.setattr("dsft.losses.forward_pass", recorded)
+    for first, second in itertools.permutations(((LC, "x_en"), (ET, "y_en"))):
+        ran.clear()
+        dsft_loss(llama, collate(examples(), 0), [first[0], second[0]], "truncated")
+        assert ran == [("x_tgt", segment) for segment in ("y_tgt", first[1], second[1])]
+
+
 def test_weight_zero_is_absence(llama):
     batch, out = collate(examples(), 0), {}
     for key, supervisions in {"without": [LC], "zero": [LC, replace(ET, weight=0.0)]}.items():
