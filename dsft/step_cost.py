@@ -21,8 +21,8 @@ from fastcore.script import call_parse
 from torch import Tensor
 from tqdm.std import tqdm
 
-from .losses import Supervision, dsft_loss
 from .files import project_root
+from .losses import Supervision, dsft_loss
 from .report import write_table
 
 # %% ../nbs/benchmarks/paper_models.ipynb #14920271
@@ -36,13 +36,13 @@ def case_loss(model, batch: dict[str, Tensor], case: str, i: int, j: int) -> Ten
     path = case if case in ("naive", "truncated", "one_pass") else "auto"
     return dsft_loss(model, batch, [] if case == "tft" else [lc, et], path)["loss"]
 
-
+# %% ../nbs/benchmarks/paper_models.ipynb #6bc22b81
 def step(model, batch: dict[str, Tensor], case: str, i: int, j: int) -> None:
     """Compute the loss of the case and its gradient."""
     model.zero_grad()
     case_loss(model, batch, case, i, j).backward()
 
-
+# %% ../nbs/benchmarks/paper_models.ipynb #d830b66e
 def random_batch(n: int, length: int, vocab_size: int, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
     """A batch like `collate`'s of n examples of random tokens, each of the four texts within a tenth of `length`."""
     g, batch = torch.Generator().manual_seed(seed), {}
@@ -68,7 +68,7 @@ def interleaved(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, 
             seconds[name].append(clock() - begin)
     return {name: times[1:] for name, times in seconds.items()}
 
-
+# %% ../nbs/benchmarks/paper_models.ipynb #9d889888
 def relative(seconds: dict[str, list[float]], base: str) -> pd.DataFrame:
     """Of each run: the median `s`, its ratio to the median of `base`, and the `least` and the `most` that ratio was in any one round."""
     rows = []
@@ -108,7 +108,7 @@ def peak_memory(run: Callable[[], None]) -> float:
         return math.inf
     return torch.cuda.max_memory_allocated() / 2**30
 
-
+# %% ../nbs/benchmarks/paper_models.ipynb #a58371dd
 def measure(name: str, miniature: bool = False, batch_size: int = 8, length: int = 512, repeats: int = 5) -> pd.DataFrame:
     """Seconds, their ratio to TFT and peak memory of a step of each case; half of `length` is the query, half the answer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

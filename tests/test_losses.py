@@ -13,7 +13,7 @@ import dsft.backbone
 import dsft.losses
 from dsft.backbone import UnsupportedArchitecture, find_backbone, one_pass_obstacle
 from dsft.data import TokenizedExample, collate
-from dsft.losses import Supervision, choose_path, dsft_loss, gradient_norms, summed_nll
+from dsft.losses import Supervision, choose_path, dsft_loss, gradient_norms, summed_nll, terms_of
 
 PATHS = ("naive", "truncated", "one_pass")
 LAYERS = 6
@@ -57,9 +57,9 @@ SETS = {
     "mixed": [
         replace(LC, layer=1, final_norm=False, update_head=True),
         replace(LC, layer=4, weight=0.3),
-        replace(LC, layer=3, reading="positional", update_head=True),
+        replace(LC, layer=3, alignment="positional", update_head=True),
         replace(ET, layer=2, update_head=True),
-        replace(ET, reading="positional", weight=0.7),
+        replace(ET, alignment="positional", weight=0.7),
         replace(LC, kind="feature", layer=5, pooling="last", english_gradient=True),
         replace(ET, kind="feature", layer=1, english_gradient=True),
     ],
@@ -120,7 +120,7 @@ def oracle(model, batch: list[TokenizedExample], supervisions: list[Supervision]
         return -torch.log_softmax(logits, -1)[range(len(labels)), labels]
 
     def logits_loss(e, s):
-        if s.reading == "conditional":
+        if s.alignment == "teacher_forced":
             english = e.x_en if s.stage == "lc" else e.y_en
             h, labels = states(e.x_tgt + english)[s.layer][len(e.x_tgt) - 1 : -1], english
         elif s.stage == "lc":
@@ -258,10 +258,25 @@ def test_feature_loss_of_identical_texts_is_zero(llama, path):
 def test_last_layer_is_not_normed_twice(llama, path):
     """At k = L, ET-logits on y_tgt itself is TFT: the state that W_out reads is norm(h_L), whichever way it is asked for."""
     batch = collate([e._replace(y_en=e.y_tgt) for e in examples()], 0)
-    for final_norm, reading in itertools.product((True, False), ("conditional", "positional")):
-        s = replace(ET, layer=LAYERS, update_head=True, final_norm=final_norm, reading=reading)
+    for final_norm, alignment in itertools.product((True, False), ("teacher_forced", "positional")):
+        s = replace(ET, layer=LAYERS, update_head=True, final_norm=final_norm, alignment=alignment)
         out = dsft_loss(llama, batch, [s], path)
         torch.testing.assert_close(out["et"], out["tft"])
+
+
+def test_truncated_passes_run_in_the_order_of_the_losses(llama, monkeypatch):
+    """The same on every process: under FSDP all of them gather a layer together, and gradients add up in this order."""
+    ran, forward_pass = [], dsft.losses.forward_pass
+
+    def recorded(backbone, batch, segments, layers, depth):
+        ran.append(segments)
+        return forward_pass(backbone, batch, segments, layers, depth)
+
+    monkeypatch.setattr("dsft.losses.forward_pass", recorded)
+    for first, second in itertools.permutations(((LC, "x_en"), (ET, "y_en"))):
+        ran.clear()
+        dsft_loss(llama, collate(examples(), 0), [first[0], second[0]], "truncated")
+        assert ran == [("x_tgt", segment) for segment in ("y_tgt", first[1], second[1])]
 
 
 def test_weight_zero_is_absence(llama):
@@ -342,8 +357,9 @@ def test_model_without_packing_falls_back_and_warns_why(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "BloomForCausalLM: path truncated (BloomModel computes its attention in a way of its own)"
     ]
-    assert choose_path(find_backbone(model), [LC], "auto") == ("truncated", one_pass_obstacle(find_backbone(model)))
-    assert choose_path(find_backbone(model), [replace(LC, kind="feature")], "auto")[0] == "one_pass"
+    backbone = find_backbone(model)
+    assert choose_path(backbone, terms_of([LC], LAYERS), "auto") == ("truncated", one_pass_obstacle(backbone))
+    assert choose_path(backbone, terms_of([replace(LC, kind="feature")], LAYERS), "auto")[0] == "one_pass"
     with pytest.raises(ValueError, match="one_pass.*BloomModel"):
         dsft_loss(model, batch, [LC], "one_pass")
     for supervisions in SETS.values():

@@ -18,7 +18,7 @@ SUPERVISIONS = {
     "mixed": (
         *(replace(s, weight=0.5) for s in METHODS["dsft_logits"].at(1, 3)),
         *METHODS["dsft_feature"].at(1, 2),
-        Supervision(stage="et", kind="logits", layer=LAYERS, reading="positional", update_head=True),
+        Supervision(stage="et", kind="logits", layer=LAYERS, alignment="positional", update_head=True),
     ),
 }
 # What runs on two processes: supervisions and variant of the model.
