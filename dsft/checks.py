@@ -16,7 +16,7 @@ from .data import parallel_rows
 from .files import ParamsError, project_root
 from .study import Study, load_study
 from .tables import read_table
-from .training import RECIPES, check_recipes, recipe_options
+from .training import check_recipes, load_recipe, recipe_options
 
 # %% ../nbs/25_checks.ipynb #bab2e1a5
 def _named_paths(value: Any, field: str) -> dict[str, str]:
@@ -51,7 +51,7 @@ def check_resources(study: Study) -> None:
     for method in methods:
         for recipe in method.recipes:
             for lang in study.languages:
-                RECIPES[recipe].check(study.run(next(iter(study.models)), lang, method.name, 0), recipe_options(study, recipe))
+                load_recipe(recipe).check(study.run(next(iter(study.models)), lang, method.name, 0), recipe_options(study, recipe))
 
 # %% ../nbs/25_checks.ipynb #f69e10ed
 @call_parse

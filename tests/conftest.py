@@ -53,7 +53,7 @@ def train_on_alpaca(tmp_path_factory) -> Callable:
     """
     from dsft.files import write_jsonl
     from dsft.study import Study
-    from dsft.training import RECIPES, fine_tune, recipe_options, save_training
+    from dsft.training import fine_tune, load_recipe, recipe_options, save_training
 
     folder = tmp_path_factory.mktemp("alpaca")
 
@@ -76,7 +76,7 @@ def train_on_alpaca(tmp_path_factory) -> Callable:
             run.layers_file.parent.mkdir(parents=True, exist_ok=True)
             run.layers_file.write_text('{"i": 2, "j": 5}', encoding="utf-8")
         if run.method.recipes:
-            rows, _ = RECIPES["sdrrl"].rows(run, recipe_options(study, "sdrrl"))
+            rows, _ = load_recipe("sdrrl").rows(run, recipe_options(study, "sdrrl"))
             write_jsonl(run.recipe_rows, [{"recipe": "sdrrl"} | row for row in rows])
         trainer = fine_tune(run)
         save_training(run, trainer, 0.0, "pytest")

@@ -12,14 +12,15 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-METHODS = ["base", "tft", "dsft_logits"]
+BRIDGE = {"name": "bridge", "stages": [{"rows": ["en", "translate"]}]}  # a method that needs no code
+METHODS = ["base", "tft", "dsft_logits", "bridge"]
 OUTSIDE = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # as if no `make test` ran around it
 
 
 def write_study(folder: Path, name: str, **changes) -> Path:
     """params/smoke.yaml with one language and fewer methods, writing to `folder`, as a study of its own."""
     study = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8"))
-    study |= {"languages": ["zh"], "methods": METHODS, "runs": str(folder / "runs"), "figures": str(folder / "figures")}
+    study |= {"languages": ["zh"], "methods": [*METHODS[:-1], BRIDGE], "runs": str(folder / "runs"), "figures": str(folder / "figures")}
     study["train"] |= {"batch_size": 8, "per_device_batch_size": 8}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(study | changes), encoding="utf-8")
@@ -54,7 +55,7 @@ def test_study_writes_every_run_and_table(finished):
         assert yaml.safe_load((run / "params.yaml").read_text())["method"] == method
         if method != "base":
             log = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
-            assert log[-1]["step"] == 8 and log[-1]["loss_tft"] > 0
+            assert log[-1]["step"] == (16 if method == "bridge" else 8) and log[-1]["loss_tft"] > 0
             assert (log[-1]["loss_lc"] > 0) == (method == "dsft_logits")
             assert not list(run.glob("checkpoints-*"))
     table = pd.read_csv(folder / "figures" / "quiet" / "table1.csv")
