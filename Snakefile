@@ -16,8 +16,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from dsft.files import code_digest, digest, import_closure, package_data
-from dsft.study import contents, load_study
+from dsft.files import code_digest, contents, digest, import_closure, package_data
+from dsft.study import load_study
 
 STUDY = config.get("study", "micro")
 study = load_study(STUDY)

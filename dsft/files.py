@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PACKAGES', 'ParamsError', 'project_root', 'replacing', 'write_json', 'write_jsonl', 'read_rows',
-           'exclusive', 'digest', 'json_digest', 'python_code', 'import_closure', 'strings', 'package_data',
+           'exclusive', 'digest', 'contents', 'json_digest', 'python_code', 'import_closure', 'strings', 'package_data',
            'code_digest', 'git', 'provenance', 'from_hub']
 
 # %% ../nbs/00_files.ipynb #16b2a432
@@ -107,6 +107,17 @@ def digest(folder_or_file: str | Path) -> str:
         with file.open("rb") as content:
             hashlib.file_digest(content, lambda: sha)
     return sha.hexdigest() if files else ""
+
+# %% ../nbs/00_files.ipynb #e4a50dad
+@cache
+def _content(path: Path, size: int, modified: int) -> str:
+    return digest(path)
+
+
+def contents(paths: list[Path]) -> dict[str, str]:
+    """Path (relative to the project) -> SHA-256 of the file's content, for those that are there; a file is read again only when it looks changed."""
+    there = {path: path.stat() for path in paths if path.is_file()}
+    return {os.path.relpath(path, project_root()): _content(path, stat.st_size, stat.st_mtime_ns) for path, stat in there.items()}
 
 # %% ../nbs/00_files.ipynb #9d699665
 def json_digest(value: Any) -> str:

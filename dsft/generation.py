@@ -6,7 +6,6 @@
 __all__ = ['resumable_map', 'greedy_answers', 'load_base', 'own_answers', 'TranslatorOptions', 'translator']
 
 # %% ../nbs/16_generation.ipynb #68922061
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pydantic import PositiveInt
 from tqdm.std import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .files import ParamsError, digest, exclusive, from_hub, write_jsonl
+from .files import ParamsError, digest, exclusive, from_hub, json_digest, write_jsonl
 from .methods import Part
 from .prompts import TEMPLATES
 from .study import Run, Study
@@ -80,7 +79,7 @@ def own_answers(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     """What the base model itself answers to prompts, from or into runs/<study>/<model>/answers-<key>.jsonl."""
     stop = TEMPLATES[run.study.data.template].stop
     known = [digest(run.base) or run.base, prompts, stop, max_new_tokens, batch_size]
-    key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
+    key = json_digest(known)[:8]
     answer = lambda batch: greedy_answers(model, tokenizer, batch, stop, max_new_tokens)
     return resumable_map(run.study.folder(run.model, f"answers-{key}.jsonl"), prompts, answer, batch_size, f"{run.model}: own answers")
 
@@ -125,7 +124,7 @@ def translator(options: TranslatorOptions, study: Study, lang: str, field: str) 
 
     def translate_once(texts: list[str]) -> list[str]:
         known = [options.translator.format(lang=lang), options.translator_codes, texts, options.max_new_tokens]
-        key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:8]
+        key = json_digest(known)[:8]
         return resumable_map(study.folder(f"translations-{lang}-{key}.jsonl"), texts, translate, options.batch_size, f"into {lang}")
 
     return translate_once

@@ -12,6 +12,7 @@ import string
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+from fastcore.basics import patch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -206,30 +207,36 @@ class Method(Part):
             raise ValueError("start names the method itself; name another one")
         return self
 
-    @property
-    def supervisions(self) -> tuple[Supervision, ...]:
-        """Those of all its stages."""
-        return tuple(s for stage in self.stages for s in stage.supervisions)
+# %% ../nbs/02_methods.ipynb #0d59f9cb
+@patch(as_prop=True)
+def supervisions(self: Method) -> tuple[Supervision, ...]:
+    """Those of all its stages."""
+    return tuple(s for stage in self.stages for s in stage.supervisions)
 
-    @property
-    def recipes(self) -> tuple[str, ...]:
-        """The recipes that make rows for it."""
-        return tuple(dict.fromkeys(recipe for stage in self.stages for recipe in stage.recipes))
 
-    @property
-    def english_only(self) -> bool:
-        """Whether it trains the same model whatever the target language."""
-        return not self.supervisions and all(row.english_only for stage in self.stages for row in stage.rows)
+@patch(as_prop=True)
+def recipes(self: Method) -> tuple[str, ...]:
+    """The recipes that make rows for it."""
+    return tuple(dict.fromkeys(recipe for stage in self.stages for recipe in stage.recipes))
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers of its supervisions, where they are fixed by number; () where they are a model's critical layers."""
-        layers = tuple(s.layer for s in self.supervisions)
-        return layers if all(isinstance(layer, int) for layer in layers) else ()
+# %% ../nbs/02_methods.ipynb #00f7346e
+@patch(as_prop=True)
+def english_only(self: Method) -> bool:
+    """Whether it trains the same model whatever the target language."""
+    return not self.supervisions and all(row.english_only for stage in self.stages for row in stage.rows)
 
-    def at(self, i: int, j: int) -> tuple[Supervision, ...]:
-        """Its supervisions with the critical layers of a model filled in."""
-        return tuple(s.at(i, j) for s in self.supervisions)
+# %% ../nbs/02_methods.ipynb #1d86e845
+@patch(as_prop=True)
+def layers(self: Method) -> tuple[int, ...]:
+    """The layers of its supervisions, where they are fixed by number; () where they are a model's critical layers."""
+    layers = tuple(s.layer for s in self.supervisions)
+    return layers if all(isinstance(layer, int) for layer in layers) else ()
+
+# %% ../nbs/02_methods.ipynb #81afc1c6
+@patch
+def at(self: Method, i: int, j: int) -> tuple[Supervision, ...]:
+    """Its supervisions with the critical layers of a model filled in."""
+    return tuple(s.at(i, j) for s in self.supervisions)
 
 # %% ../nbs/02_methods.ipynb #48b33df2
 _STAGES = {"lc": "i", "et": "j"}  # the critical layer at which each acts

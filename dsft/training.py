@@ -239,8 +239,8 @@ def save_training(run: Run, trainer: DSFTTrainer, started: float, command: str) 
 # %% ../nbs/19_training.ipynb #acdc571f
 def _requested(study: str, model: str | None, lang: str | None, method: str, seed: int) -> Run:
     """The run that a command line asks for, with its layers and rows at hand."""
-    spec = load_study(study)
-    run = spec.run(model or next(iter(spec.models)), lang or spec.languages[0], method, seed)
+    loaded = load_study(study)
+    run = loaded.run(model or next(iter(loaded.models)), lang or loaded.languages[0], method, seed)
     if run.method.supervisions and not run.layers_file.exists():
         raise ParamsError(f"{run.layers_file} is missing; make it with: {run.command('select_layers')}")
     return run
