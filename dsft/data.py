@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .files import ParamsError
 from .languages import language_name
-from .methods import PATTERNS, Row
+from .methods import PATTERNS, Pattern
 from .microcosm import World
 from .prompts import TEMPLATES, Template
 from .settings import DataParams
@@ -85,25 +85,25 @@ def example_fields(pair: Pair, lang: str) -> dict[str, str]:
     return fields | {"language": language_name(lang)}
 
 
-def say(row: Row, fields: dict[str, str], template: Template) -> tuple[str, str]:
-    """Prompt x and response y of one row; x is empty for plain text."""
-    filled = row.fill(fields)
-    if row.task:
-        language = fields["language"] if row.into == "tgt" else language_name("en")
-        return template.task(getattr(template, row.task), language, filled["input"]), filled["output"]
-    x = template.prompt(filled["instruction"], filled["input"]) if row.instruction else ""
+def say(pattern: Pattern, fields: dict[str, str], template: Template) -> tuple[str, str]:
+    """Prompt x and response y of the row that a pattern makes of an example; x is empty for plain text."""
+    filled = pattern.fill(fields)
+    if pattern.task:
+        language = fields["language"] if pattern.into == "tgt" else language_name("en")
+        return template.task(getattr(template, pattern.task), language, filled["input"]), filled["output"]
+    x = template.prompt(filled["instruction"], filled["input"]) if pattern.instruction else ""
     return x, filled["output"]
 
 # %% ../nbs/12_data.ipynb #ddbebe12
-def pattern_rows(pairs: Sequence[Pair], rows: Sequence[Row], lang: str, template: Template) -> list[dict[str, str]]:
+def pattern_rows(pairs: Sequence[Pair], patterns: Sequence[Pattern], lang: str, template: Template) -> list[dict[str, str]]:
     """The text rows that patterns make of parallel examples: dicts of id, x_tgt, y_tgt, x_en, y_en."""
     made, start = [], 0.0
-    for number, row in enumerate(rows):
-        first, last = round(start * len(pairs)), round((start + row.share) * len(pairs))
-        start += row.share
+    for number, pattern in enumerate(patterns):
+        first, last = round(start * len(pairs)), round((start + pattern.share) * len(pairs))
+        start += pattern.share
         for pair in [pairs[n % len(pairs)] for n in range(first, last)]:
             fields = example_fields(pair, lang)
-            x, y = say(row, fields, template)
+            x, y = say(pattern, fields, template)
             x_en, y_en = say(PATTERNS["en"][0], fields, template)
             made.append({"id": f"{pair.id}-{number}" if number else pair.id, "x_tgt": x, "y_tgt": y, "x_en": x_en, "y_en": y_en})
     return made
