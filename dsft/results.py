@@ -24,7 +24,7 @@ from .methods import METHODS, Method
 from .metrics import BENCHMARKS
 from .study import Run, Study
 
-# %% ../nbs/20_results.ipynb #12432ac2
+# %% ../nbs/20_results.ipynb #012432ac
 class RunResult(BaseModel):
     """What a result file of a run begins with: which run it was written for, as in `Run.key`."""
 
@@ -99,7 +99,7 @@ class LayerEntropy(BaseModel):
     tokens: PositiveInt  # how many the entropy is averaged over
     example: TokenEntropy
 
-# %% ../nbs/20_results.ipynb #822d47a8
+# %% ../nbs/20_results.ipynb #f822d47a
 def write_result(path: str | Path, result: BaseModel) -> None:
     """Write what a result was made with as a JSON file, atomically; fields that were left out stay out."""
     write_json(path, result.model_dump(mode="json", exclude_unset=True))
@@ -118,7 +118,7 @@ def read_result(path: Path, kind: type[BaseModel]) -> Any:
         message = first["msg"].removeprefix("Value error, ")
         raise ParamsError(f"{path}: {field + ': ' if field else ''}{message}; {REMEDY}") from None
 
-# %% ../nbs/20_results.ipynb #43bbf7cf
+# %% ../nbs/20_results.ipynb #a43bbf7c
 def read_of_run(run: Run, name: str, kind: type[RunResult]) -> Any:
     """The file `name` in a run's folder as an object of the schema `kind`; raises ParamsError when it is broken or was written for another run."""
     path = run.folder / name
@@ -133,7 +133,7 @@ def finished_runs(study: Study) -> list[Run]:
     """The runs of the study whose evaluation is there."""
     return [run for run in study.all_runs() if (run.folder / "metrics.json").exists()]
 
-# %% ../nbs/20_results.ipynb #c8cbc545
+# %% ../nbs/20_results.ipynb #bc8cbc54
 def _of_run(run: Run) -> dict[str, Any]:
     """The columns that tell the runs of a study apart; `target` is the language that the run was trained for."""
     return {"model": run.model, "target": run.lang, "method": run.method.name, "seed": run.seed}
@@ -147,7 +147,7 @@ def _committed(study: Study, name: str) -> pd.DataFrame:
     print(f"No finished runs of study {study.name} here: reading its committed {name}.")
     return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, keep_default_na=False, na_values=[""])
 
-# %% ../nbs/20_results.ipynb #ed85b3b4
+# %% ../nbs/20_results.ipynb #ded85b3b
 METHOD_COLUMNS = ["title", "role", "stem", "variant", "supervises", "layers", "examples"]
 
 
@@ -156,7 +156,7 @@ def _columns_of(method: Method) -> list[str | int | None]:
     supervises = "_".join(s.stage for s in method.supervisions)
     return [method.title, method.role, method.stem, method.variant, supervises, "_".join(map(str, method.layers)), method.items]
 
-# %% ../nbs/20_results.ipynb #86491c22
+# %% ../nbs/20_results.ipynb #086491c2
 def with_methods(table: pd.DataFrame, study: Study) -> pd.DataFrame:
     """The table with METHOD_COLUMNS, what the study says of the method of each row; in place of those that it may have.
 
@@ -169,18 +169,18 @@ def with_methods(table: pd.DataFrame, study: Study) -> pd.DataFrame:
     known = pd.DataFrame([_columns_of(m) for m in study.every_method.values()], columns=METHOD_COLUMNS, index=list(study.every_method))
     return table.drop(columns=METHOD_COLUMNS, errors="ignore").join(known.astype({"examples": "Int64"}), on="method")
 
-# %% ../nbs/20_results.ipynb #aba9cfbb
+# %% ../nbs/20_results.ipynb #607329e2
 def controls(table: pd.DataFrame) -> list[str]:
-    """The names of the methods of a table that are controls by themselves, not variations of one."""
+    """The names of the methods of a table, sorted, that are controls by themselves and no variations of one."""
     methods = table[["method", "stem", "role"]].drop_duplicates()
-    return methods.loc[methods["role"].eq("control") & methods["method"].eq(methods["stem"]), "method"].tolist()
+    return sorted(methods.loc[methods["role"].eq("control") & methods["method"].eq(methods["stem"]), "method"])
 
-# %% ../nbs/20_results.ipynb #f44ebcec
+# %% ../nbs/20_results.ipynb #2f44ebce
 def titles(study: Study) -> dict[str, str]:
     """Name -> title of the study's methods and of all that have a name of their own."""
     return {name: method.title for name, method in (METHODS | study.every_method).items()}
 
-# %% ../nbs/20_results.ipynb #dd46138d
+# %% ../nbs/20_results.ipynb #bdd46138
 RESULT_COLUMNS = ["model", "target", "method", "seed", "dataset", "lang", "metric", "value", "items", "chance", *METHOD_COLUMNS]
 
 # %% ../nbs/20_results.ipynb #04dfbc6c
@@ -199,7 +199,7 @@ def load_results(study: Study, prompt: str | None = None) -> pd.DataFrame:
     table = pd.DataFrame(rows) if rows else _committed(study, "results.csv" if prompt == first else f"results_{prompt}.csv")
     return with_methods(table, study)[RESULT_COLUMNS].astype({"value": float, "chance": float})
 
-# %% ../nbs/20_results.ipynb #f4f61bc7
+# %% ../nbs/20_results.ipynb #bf4f61bc
 ITEM_COLUMNS = ["model", "target", "method", "seed", "dataset", "lang", "metric", "id", "value", *METHOD_COLUMNS]
 
 
@@ -229,7 +229,7 @@ def load_item_scores(study: Study, prompt: str | None = None) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True) if parts else _committed(study, "items.parquet")
     return with_methods(table, study)[ITEM_COLUMNS].astype({"value": "float32"}).astype({"value": float})
 
-# %% ../nbs/20_results.ipynb #3edacb6f
+# %% ../nbs/20_results.ipynb #73edacb6
 ENTROPY_COLUMNS = ["model", "lang", "layer", "entropy", "i", "j", "rule", "tokens"]
 
 
@@ -263,7 +263,7 @@ def load_token_entropy(study: Study) -> pd.DataFrame:
             for file in found for k, values in enumerate(file.example.entropy) for n, token in enumerate(file.example.tokens)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/20_results.ipynb #b07d8d53
+# %% ../nbs/20_results.ipynb #8b07d8d5
 COST_COLUMNS = ["model", "target", "method", "seed", "steps", "train_seconds", *METHOD_COLUMNS]
 
 
@@ -283,7 +283,7 @@ def load_costs(study: Study) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=COST_COLUMNS[:6]) if finished else _committed(study, "costs.csv")
     return with_methods(table, study)[COST_COLUMNS]
 
-# %% ../nbs/20_results.ipynb #26419cdd
+# %% ../nbs/20_results.ipynb #f26419cd
 INSIDE_COLUMNS = ["model", "target", "method", "seed", "layer", "quantity", "value", *METHOD_COLUMNS]
 
 # %% ../nbs/20_results.ipynb #44c97dc5
@@ -333,7 +333,7 @@ def in_order(table: pd.DataFrame) -> pd.DataFrame:
 
     return table.sort_values([c for c in CELL if c in table], key=rank).reset_index(drop=True)
 
-# %% ../nbs/20_results.ipynb #b1cc3dd3
+# %% ../nbs/20_results.ipynb #4b1cc3dd
 def _values(steps: list[dict[str, Any]], field: str) -> list:
     """The different values of a field in the steps that have it."""
     return sorted({step[field] for step in steps if field in step})
