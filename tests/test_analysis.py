@@ -8,6 +8,9 @@ import pytest
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
 
+from dsft.results import load_results
+from dsft.study import load_study
+
 ANALYSIS = Path(__file__).parents[1] / "nbs" / "analysis"
 STUDY = """
 models:
@@ -63,7 +66,7 @@ def project(tmp_path_factory):
             curves = {"en": [0, 0.1, 0.5, 0.2], "tgt": [0, 0, 0.1, 0.9], "retrieval": [0.5] * 4, "cosine_gap": [gap + 0.01 * k for k in range(4)]}
             rows = [{"layer": k, "quantity": q, "value": v} for q, curve in curves.items() for k, v in enumerate(curve)]
             (folder / "inside.json").write_text(json.dumps(key | {"rows": rows}))
-    layers = {"model": "m", "lang": "zh", "entropy": [6.0, 3.0, 2.9, 1.0], "i": 1, "j": 2, "rule": "entropy", "tokens": 900}
+    layers = {"model": "m", "lang": "zh", "entropy": [6.0, 3.0, 2.9, 1.0], "i": 1, "j": 2, "rule": "entropy", "falls_twice": True, "r2": 0.97, "tokens": 900}
     layers["example"] = {"tokens": ["a", "b"], "entropy": [[h, h + 1.0] for h in layers["entropy"]]}
     (model / "zh" / "layers.json").write_text(json.dumps(layers))
     return root
@@ -79,7 +82,7 @@ def analyse(project: Path, name: str, study: str = "wide") -> str:
         texts = []
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                source = f"study = {study!r}" if cell.source.startswith("study = ") else cell.source
+                source = f"study = {study!r}" if cell.source.startswith('study = "') else cell.source
                 outputs = shell.run(source)
                 if shell.exc:
                     raise shell.exc
@@ -144,7 +147,7 @@ def test_what_supervision_is_worth_in_examples(project):
     assert "DSFT-logits pays on 150 and 300 and 600 examples." in shown
 
 
-def test_the_dial(project):
+def test_code_switch_sweep(project):
     recipe = "pretrain: {mix: {english: 0.5, code_switch: %s}}"
     study = STUDY.split("sweeps")[0].replace("  m: {path: nowhere/m}", f"  a:\n    {recipe % 0.0}\n  b:\n    {recipe % 0.5}")
     (project / "params" / "turned.yaml").write_text(study.replace("sft, tft, dsft_logits, dsft_feature", "tft, dsft_logits"))
@@ -152,10 +155,10 @@ def test_the_dial(project):
         for method, source in ({"base": "base", "tft": "tft"} | methods).items():
             names = {'"wide"': '"turned"', '"model": "m"': f'"model": "{model}"', f'"{source}"': f'"{method}"'}
             copy_runs(project / "runs/wide/m/zh" / source, project / "runs/turned" / model / "zh" / method, names)
-    shown = analyse(project, "dial", "turned")
+    shown = analyse(project, "code_switch_sweep", "turned")
     assert "DSFT-logits against TFT, in points by code_switch: +16.7 at 0 (the interval excludes 0), +0.0 at 0.5." in shown
     assert "retrieval in the base: 0.50, 0.50." in shown and "English answer in the base: 0.50, 0.50." in shown
-    table = pd.read_csv(project / "figures/turned/dial.csv")
+    table = pd.read_csv(project / "figures/turned/code_switch_sweep.csv")
     assert table.query("method == 'tft'")["score"].tolist() == pytest.approx([140 / 3, 140 / 3], abs=0.01)
 
 
@@ -191,6 +194,81 @@ def test_claims(project):
     assert (table["low"] <= table["effect"]).all() and (table["effect"] <= table["high"]).all()
 
 
+# The methods of `wide` under names that say nothing: what they are stands in the study, and from there in the columns of the tables.
+WRITTEN_OUT = """
+models:
+  m: {path: nowhere/m}
+languages: [zh]
+methods: [base, tft, {name: longer, title: TFT for longer, role: control, stages: [{epochs: 1.4}]}]
+seeds: [0, 1, 2]
+data: {items: 600}
+sweeps:
+  - methods:
+    - {name: alone, title: thinking alone, stages: [{supervisions: [{stage: et, kind: logits, layer: j}]}]}
+    - {name: first, title: thinking at 1, stem: alone, stages: [{supervisions: [{stage: et, kind: logits, layer: 1}]}]}
+    - {name: second, title: thinking at 2, stem: alone, stages: [{supervisions: [{stage: et, kind: logits, layer: 2}]}]}
+    - {name: pair, title: both, stages: [{supervisions: [{stage: lc, kind: logits, layer: 1}, {stage: et, kind: logits, layer: 2}]}]}
+    - {name: other_pair, title: both, stem: pair, stages: [{supervisions: [{stage: lc, kind: logits, layer: 1}, {stage: et, kind: logits, layer: 3}]}]}
+    - {name: other_reading, title: thinking positionally, stem: alone, variant: read otherwise,
+       stages: [{supervisions: [{stage: et, kind: logits, layer: j, alignment: positional}]}]}
+    - {name: few, title: TFT on few, stem: tft, role: control, items: 150}
+    - {name: half, title: TFT on half, stem: tft, role: control, items: 300}
+"""
+SOURCES = {
+    "base": "base", "tft": "tft_n300", "longer": "tft", "alone": "et_logits", "first": "et_logits_at1", "second": "et_logits_at2", "pair": "dsft_logits_at1_2",
+    "other_pair": "dsft_logits_at1_3", "other_reading": "dsft_logits_positional", "few": "tft_n150", "half": "tft_n150",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written_out(project):
+    (project / "params" / "written.yaml").write_text(WRITTEN_OUT)
+    for method, source in SOURCES.items():
+        copy_runs(project / "runs/wide/m/zh" / source, project / "runs/written/m/zh" / method, {'"wide"': '"written"', f'"{source}"': f'"{method}"'})
+    (project / "runs/written/m/zh/layers.json").write_bytes((project / "runs/wide/m/zh/layers.json").read_bytes())
+    return project
+
+
+def test_one_stage_alone_by_what_it_supervises(written_out):
+    shown = analyse(written_out, "table3", "written")
+    assert "| m | thinking alone | **54.0 ± 0.0** ▲" in shown and "| m | TFT for longer | 40.0 ± 0.0 |" in shown
+    assert "both" not in shown and "thinking at 1" not in shown and "TFT on few" not in shown  # no variations
+    assert "on average thinking alone lies 10.7 points above TFT for longer" in shown  # the better control, (14 + 14 + 4) / 3
+
+
+def test_a_variation_of_a_control_is_no_baseline(written_out, monkeypatch):
+    shown = analyse(written_out, "table2", "written")
+    assert "on average TFT on few lies 20.0 points below TFT for longer" in shown
+    monkeypatch.chdir(written_out)
+    table = load_results(load_study("written")).drop_duplicates("method").set_index("method")
+    assert table.loc["few", ["title", "role", "stem", "examples"]].tolist() == ["TFT on few", "control", "tft", 150]
+    assert table.loc["other_pair", ["stem", "supervises", "layers"]].tolist() == ["pair", "lc_et", "1_3"]
+
+
+def test_layers_are_read_off_the_supervisions(written_out):
+    shown = analyse(written_out, "figure3", "written")
+    assert "thinking alone: best at layer 2 with 59.3; at the layer of the entropy rule, 2, 59.3; at the last layer tried, 2, 59.3." in shown
+    assert pd.read_csv(written_out / "figures/written/figure3.csv").groupby("layer").size().to_dict() == {1: 3, 2: 3}
+    shown = analyse(written_out, "layers", "written")
+    assert "both: the best of 2 pairs is (1, 3) with 65.3" in shown and "the entropy rule's (i, j) = (1, 2) gives 63.3" in shown
+
+
+def test_a_reading_is_a_variation_of_its_stem(written_out):
+    shown = analyse(written_out, "readings", "written")
+    assert "thinking positionally: -20.7 points" in shown  # (30 - 54 + 30 - 54 + 50 - 64) / 3
+
+
+def test_amounts_of_data_are_those_of_the_study(written_out):
+    analyse(written_out, "data_size", "written")
+    table = pd.read_csv(written_out / "figures/written/data_size.csv")
+    assert table.groupby(["method", "items"])["value"].mean().round(1).to_dict() == {("tft", 150): 26.7, ("tft", 300): 26.7, ("tft", 600): 36.7}
+
+
+def test_claims_take_the_controls_of_the_study(written_out):
+    shown = analyse(written_out, "claims", "written")
+    assert "Study written; baselines that ran: TFT for longer, TFT." in shown
+
+
 def test_one_seed_has_no_interval(project):
     (project / "params" / "single.yaml").write_text(STUDY.replace("seeds: [0, 1, 2]", "seeds: [0]"))
     copy_runs(project / "runs/wide/m/zh", project / "runs/single/m/zh", {'"wide"': '"single"'})
@@ -201,7 +279,7 @@ def test_one_seed_has_no_interval(project):
     assert "undecided, +10.0 points." in shown["claims"]
 
 
-NEEDING_SWEEPS = ["table3", "table4", "figure3", "layers", "readings", "data_size", "dial", "inside", "figure4", "claims"]
+NEEDING_SWEEPS = ["table3", "table4", "figure3", "layers", "readings", "data_size", "code_switch_sweep", "inside", "figure4", "claims"]
 
 
 def test_a_study_without_these_runs_says_so(project):
@@ -212,9 +290,9 @@ def test_a_study_without_these_runs_says_so(project):
     shown = {name: analyse(project, name, "narrow") for name in NEEDING_SWEEPS}
     for name in ("figure3", "layers", "data_size", "readings"):
         assert "Study narrow has no runs" in shown[name]
-    assert "Study narrow has no dial" in shown["dial"]
+    assert "Study narrow sweeps no knob of the pretraining text" in shown["code_switch_sweep"]
     assert "Study narrow has no runs of lc_logits" in shown["table3"] and "Study narrow has no runs of lc_logits" in shown["table4"]
     assert "**C2** (ET brings more than LC): not tested" in shown["claims"]
     assert "**C2**, in study wide: supported, +10.0 points" in shown["claims"]
     written = {path.stem for path in (project / "figures" / "narrow").iterdir()}
-    assert written == {"claims", "figure4", "figure4_counted", "inside"}  # and nothing about what was not run
+    assert written == {"claims", "figure4", "figure4_counted", "figure4_tsne", "inside"}  # and nothing about what was not run

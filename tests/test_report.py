@@ -15,10 +15,10 @@ import papermill
 import pytest
 
 from dsft.files import ParamsError
-from dsft.study import load_study
-from dsft.report import BASELINES, CELL, TABLE_COLUMNS, caption, paper_layout, published_numbers, save_figure, summarise, write_table, verdict
-from dsft.results import RESULT_COLUMNS, load_entropy, load_item_scores, load_results, write_csv, write_items, write_provenance
+from dsft.report import TABLE_COLUMNS, caption, paper_layout, published_numbers, save_figure, summarise, verdict, write_table
+from dsft.results import CELL, METHOD_COLUMNS, RESULT_COLUMNS, load_costs, load_entropy, load_inside, load_item_scores, load_results, write_csv, write_items, write_provenance
 from dsft.statistics import bootstrap, compare, holm
+from dsft.study import load_study
 
 ANALYSIS = Path(__file__).parents[1] / "nbs" / "analysis"
 STUDY = """
@@ -71,7 +71,7 @@ def project(tmp_path, monkeypatch):
             for seed, scores in enumerate(seeds):
                 write_run(tmp_path, target, method, seed, scores)
         layers = {"model": "micro-llama", "lang": target, "entropy": [6.0, 5.5, 3.0, 2.9, 2.0], "i": 2, "j": 3}
-        layers |= {"rule": "entropy", "tokens": 900, "example": {"tokens": ["a", "b"], "entropy": [[1.0, 2.0]] * 3}}
+        layers |= {"rule": "entropy", "falls_twice": True, "r2": 0.97, "tokens": 900, "example": {"tokens": ["a", "b"], "entropy": [[1.0, 2.0]] * 3}}
         (tmp_path / "runs" / "toy" / "micro-llama" / target / "layers.json").write_text(json.dumps(layers))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -88,6 +88,35 @@ def test_one_row_a_score(project):
     row = results.query("target == 'zh' and method == 'tft' and seed == 2 and dataset == 'xcopa' and lang == 'en'").iloc[0]
     assert (row["value"], row["items"], row["chance"]) == (90.0, 500, 50.0)
     assert results.query("dataset == 'xquad'")["chance"].isna().all()
+
+
+def test_what_a_method_is_stands_in_columns(project):
+    written_out = "{name: shallow, title: LC below, stages: [{supervisions: [{stage: lc, kind: feature, layer: 1}]}]}"
+    study = load_study("toy")
+    (project / "params" / "toy.yaml").write_text(STUDY.replace("dsft_logits]", f"tft_n75, dsft_logits_last_at2_3, {written_out}]"))
+    swept = load_study("toy")
+    write_csv(load_results(study).drop(columns=METHOD_COLUMNS), "figures/toy/results.csv")  # as before there were such columns
+    os.rename("runs", "elsewhere")
+    table = pd.read_csv("figures/toy/results.csv")
+    renamed = {"base": "tft_n75", "tft": "dsft_logits_last_at2_3", "dsft_logits": "shallow"}
+    write_csv(table.assign(method=table["method"].map(renamed)), "figures/toy/results.csv")
+    told = load_results(swept).drop_duplicates("method").set_index("method")[METHOD_COLUMNS].astype(object).fillna("").to_dict("index")
+    assert told == {
+        "tft_n75": {"title": "TFT-n75", "role": "control", "stem": "tft", "variant": "", "supervises": "", "layers": "", "examples": 75},
+        "dsft_logits_last_at2_3": {
+            "title": "DSFT-logits-last-at2-3", "role": "ours", "stem": "dsft_logits", "variant": "last", "supervises": "lc_et", "layers": "2_3", "examples": ""},
+        "shallow": {"title": "LC below", "role": "ours", "stem": "shallow", "variant": "", "supervises": "lc", "layers": "1", "examples": ""},
+    }
+    write_csv(load_results(swept).replace({"title": {"LC below": "what it was called once"}}), "figures/toy/results.csv")
+    assert "LC below" in set(load_results(swept)["title"])  # the study's word counts
+
+
+def test_a_table_with_a_method_that_the_study_lost(project):
+    write_csv(load_results(load_study("toy")), "figures/toy/results.csv")
+    os.rename("runs", "elsewhere")
+    (project / "params" / "toy.yaml").write_text(STUDY.replace("[base, tft, dsft_logits]", "[base, tft]"))
+    with pytest.raises(ParamsError, match="study toy has no method dsft_logits, which a table of it names; make the table again"):
+        load_results(load_study("toy"))
 
 
 def test_mean_spread_and_published_number(project):
@@ -136,7 +165,7 @@ def test_nothing_to_show(project):
     assert table.empty and list(table.columns[: len(TABLE_COLUMNS)]) == TABLE_COLUMNS
     assert (paper_layout(table), caption(table)) == ("", "The study has no such benchmarks.")
     comparison = compare(load_item_scores(load_study("toy")).query("dataset == 'mkqa'"))
-    assert verdict(comparison).startswith("There are no two fine-tuned methods")
+    assert verdict(comparison, load_study("toy")).startswith("There are no two fine-tuned methods")
 
 
 def test_items_are_the_parts_of_the_scores(project):
@@ -154,8 +183,8 @@ def test_paired_comparison(project):
     assert (xquad.difference, xcopa.difference) == (2.0, 1.0)
     assert 0 < xquad.low < 2 < xquad.high < 6 and 0 < xcopa.low < 1 < xcopa.high < 3
     assert list(comparison["p_holm"]) == pytest.approx(list(holm(comparison["p"])))
-    assert "1.5 points above TFT, and above in 2 of 2 cells" in verdict(comparison)
-    assert "significantly above in 2 and significantly below in 0" in verdict(comparison)
+    assert "1.5 points above TFT, and above in 2 of 2 cells" in verdict(comparison, load_study("toy"))
+    assert "significantly above in 2 and significantly below in 0" in verdict(comparison, load_study("toy"))
 
 
 def test_bootstrap_against_one_written_as_a_loop():
@@ -190,10 +219,13 @@ def test_holm(p, expected):
 
 def test_a_gain_counts_against_the_best_baseline(project):
     items = load_item_scores(load_study("toy")).query("lang == 'zh' and target == 'zh' and dataset == 'xquad'")
-    longer = items.query("method == 'tft'").assign(method="tft_compute", value=lambda t: t["value"].where(t["id"] > "q007", 0.0))
-    best = items.query("method == 'tft'").assign(method="tft_en", value=lambda t: t["value"].where(t["id"] < "q390", 100.0))
-    comparison = compare(pd.concat([items, longer, best]), BASELINES)
+    longer = items.query("method == 'tft'").assign(method="tft_compute", stem="tft_compute", value=lambda t: t["value"].where(t["id"] > "q007", 0.0))
+    best = items.query("method == 'tft'").assign(method="tft_en", stem="tft_en", value=lambda t: t["value"].where(t["id"] < "q390", 100.0))
+    comparison = compare(pd.concat([items, longer, best]))
     assert comparison[["method", "baseline", "difference"]].values.tolist() == [["dsft_logits", "tft_en", -0.5]]  # 24 against 22 + 2.5
+    fewer = best.assign(method="tft_n75", stem="tft")  # a variation of a control is compared, not compared with
+    comparison = compare(pd.concat([items, longer, fewer]))
+    assert comparison[["method", "baseline", "difference"]].values.tolist() == [["dsft_logits", "tft", 2.0], ["tft_n75", "tft", 2.5]]
 
 
 def test_other_items_are_not_compared(project):
@@ -205,7 +237,7 @@ def test_other_items_are_not_compared(project):
 def test_no_interval_below_three_seeds(project):
     comparison = compare(on_target(load_item_scores(load_study("toy"))).query("seed < 2"))
     assert comparison[["low", "high", "p", "p_holm"]].isna().all(axis=None)
-    assert "2 of the 3 seeds that an interval needs" in verdict(comparison)
+    assert "2 of the 3 seeds that an interval needs" in verdict(comparison, load_study("toy"))
 
 
 def test_without_runs_the_committed_tables_are_read(project, capsys):
@@ -220,6 +252,21 @@ def test_without_runs_the_committed_tables_are_read(project, capsys):
     pd.testing.assert_frame_equal(load_entropy(load_study("toy")), entropy, check_dtype=False)
     out = capsys.readouterr().out.splitlines()
     assert [line.rsplit(" ", 1)[1] for line in out] == ["results.csv.", "items.parquet.", "entropy.csv."]
+
+
+def test_costs_and_what_was_read_inside(project):
+    costs, inside = load_costs(load_study("toy")), load_inside(load_study("toy"))
+    assert costs.query("target == 'zh'")[["method", "seed", "steps", "train_seconds"]].values.tolist() == [
+        ["tft", 0, 100, 60.0], ["tft", 1, 100, 61.0], ["tft", 2, 100, 62.0], ["dsft_logits", 0, 100, 90.0], ["dsft_logits", 1, 100, 91.0], ["dsft_logits", 2, 100, 92.0]
+    ]
+    assert inside.empty  # there is no inside.json
+    file = project / "runs/toy/micro-llama/zh/tft/seed1/inside.json"
+    found = {"study": "toy", "model": "micro-llama", "lang": "zh", "method": "tft", "seed": 1, "rows": [{"layer": 3, "quantity": "en", "value": 0.5}]}
+    file.write_text(json.dumps(found))
+    assert load_inside(load_study("toy"))[["title", "layer", "quantity", "value"]].values.tolist() == [["TFT", 3, "en", 0.5]]
+    file.write_text(json.dumps(found | {"seed": 2}))
+    with pytest.raises(ParamsError, match=r"inside\.json: written for another run, toy micro-llama zh tft 2; delete that file"):
+        load_inside(load_study("toy"))
 
 
 @pytest.mark.parametrize("load", [load_results, load_item_scores, load_entropy])
