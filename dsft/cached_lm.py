@@ -6,7 +6,7 @@
 __all__ = ['logger', 'LARGEST_TREE', 'TokenTree', 'pad_trees', 'Request', 'to_request', 'Row', 'to_rows', 'batches', 'targets',
            'token_scores', 'score', 'SharedContextLM']
 
-# %% ../nbs/20b_cached_lm.ipynb #fd26cdf3
+# %% ../nbs/20b_cached_lm.ipynb #0fd26cdf
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from .losses import LOGITS_PER_CHUNK
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/20b_cached_lm.ipynb #bcdd2ff8
+# %% ../nbs/20b_cached_lm.ipynb #7bcdd2ff
 class TokenTree:
     """Sequences of tokens in which a beginning that several have in common stands once."""
 
@@ -45,7 +45,7 @@ class TokenTree:
             path.append(place)
         self.paths.append(path)
 
-# %% ../nbs/20b_cached_lm.ipynb #ff326ffa
+# %% ../nbs/20b_cached_lm.ipynb #fff326ff
 def pad_trees(trees: Sequence[TokenTree]) -> tuple[Tensor, Tensor, Tensor]:
     """`input_ids` [B, T], `position_ids` [B, T] and `visible` [B, T, T] of trees; padding is seen by nothing."""
     shape = len(trees), max(len(tree.tokens) for tree in trees)
@@ -56,7 +56,7 @@ def pad_trees(trees: Sequence[TokenTree]) -> tuple[Tensor, Tensor, Tensor]:
             visible[(row, *np.ix_(path, path))] = np.tri(len(path), dtype=bool)
     return torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(visible)
 
-# %% ../nbs/20b_cached_lm.ipynb #184eb7f6
+# %% ../nbs/20b_cached_lm.ipynb #6184eb7f
 class Request(NamedTuple):
     """One choice after its context."""
 
@@ -74,7 +74,7 @@ def to_request(number: int, context: list[int], choice: list[int], max_length: i
     """A request of lm-eval that fits into `max_length` positions."""
     return Request(number, (context + choice)[-max_length - 1 : -1], choice)
 
-# %% ../nbs/20b_cached_lm.ipynb #d858dde2
+# %% ../nbs/20b_cached_lm.ipynb #dd858dde
 LARGEST_TREE = 4  # times the tokens of its longest request
 
 
@@ -99,7 +99,7 @@ def to_rows(requests: Sequence[Request]) -> list[Row]:
             rows[-1].requests.append(request)
     return sorted(rows, key=lambda row: -len(row.tree.tokens))
 
-# %% ../nbs/20b_cached_lm.ipynb #f00bf7f4
+# %% ../nbs/20b_cached_lm.ipynb #3f00bf7f
 def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
     """The rows, which come in falling order of length, in batches of at most `tokens` tokens with their padding, or a single row."""
     start = 0
@@ -108,7 +108,7 @@ def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
         yield rows[start : start + n]
         start += n
 
-# %% ../nbs/20b_cached_lm.ipynb #1e6deb16
+# %% ../nbs/20b_cached_lm.ipynb #31e6deb1
 def targets(rows: Sequence[Row], width: int) -> tuple[Tensor, Tensor]:
     """Of each token to score: the place [N] of the state that predicts it, in the flattened batch [B · width], and its id [N]."""
     pairs = [
@@ -119,7 +119,7 @@ def targets(rows: Sequence[Row], width: int) -> tuple[Tensor, Tensor]:
     ]
     return torch.tensor(pairs).unbind(dim=1)
 
-# %% ../nbs/20b_cached_lm.ipynb #efcd8032
+# %% ../nbs/20b_cached_lm.ipynb #7efcd803
 def token_scores(backbone: Backbone, states: Tensor, places: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The log-probability [N], fp32, of each token, and whether it is the likeliest [N], by `states` [M, hidden_size] before the final norm."""
     log_p, greedy = states.new_empty(len(ids), dtype=torch.float32), ids.new_empty(len(ids), dtype=torch.bool)
@@ -130,7 +130,7 @@ def token_scores(backbone: Backbone, states: Tensor, places: Tensor, ids: Tensor
         greedy[part] = logits.argmax(dim=-1)[which] == token
     return log_p, greedy
 
-# %% ../nbs/20b_cached_lm.ipynb #1a553015
+# %% ../nbs/20b_cached_lm.ipynb #91a55301
 @torch.no_grad()
 def score(backbone: Backbone, rows: Sequence[Row]) -> Iterator[tuple[Request, float, bool]]:
     """Of each request of a batch its log-likelihood, and whether greedy generation would have given it."""
@@ -143,7 +143,7 @@ def score(backbone: Backbone, rows: Sequence[Row]) -> Iterator[tuple[Request, fl
     for request, its_log_p, its_greedy in zip(requests, log_p.split(lengths), greedy.split(lengths)):
         yield request, float(its_log_p.sum()), bool(its_greedy.all())
 
-# %% ../nbs/20b_cached_lm.ipynb #b49eb23a
+# %% ../nbs/20b_cached_lm.ipynb #49eb23a6
 @register_model("hf-shared-context")
 class SharedContextLM(HFLM):
     """lm-eval's HFLM, which takes the same arguments; choices that have a context in common read it once."""
