@@ -61,3 +61,4 @@ bases: .venv/installed
 bench: .venv/bench
 	@mkdir -p runs
 	papermill nbs/benchmarks/step_cost.ipynb runs/step_cost.ipynb -f params/benchmarks/step_cost.yaml --no-progress-bar --stderr-file /dev/stderr
+	papermill nbs/benchmarks/evaluation.ipynb runs/evaluation.ipynb -f params/benchmarks/evaluation.yaml --no-progress-bar --stderr-file /dev/stderr

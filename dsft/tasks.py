@@ -19,12 +19,12 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmark_items import BENCHMARK_SEED, Item, directions, load_benchmark
+from .cached_lm import SharedContextLM
 from .files import ParamsError, read_rows, replacing, write_jsonl
 from .metrics import BENCHMARKS, TRANSLATION, NotAvailable, chrf, comet, f1, spbleu
 from .microcosm import World
@@ -233,7 +233,7 @@ def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
 # %% ../nbs/21_tasks.ipynb #9bea1d37
 def _in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: EvalParams) -> LM:
     adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=params.batch_size, add_bos_token=adds_bos, **params.backend_args)
+    return SharedContextLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=params.batch_size, add_bos_token=adds_bos, **params.backend_args)
 
 # %% ../nbs/21_tasks.ipynb #cd363909
 def _by_name(model: str, params: EvalParams) -> LM:
