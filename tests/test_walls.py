@@ -36,8 +36,9 @@ def test_no_function_imports_another_module_of_the_library(file):
 
 
 def place(notebook: Path) -> str:
-    """Where a notebook stands in the order of names: those with numbers, the recipes between 16, the trainer, and 17, the training, the others last."""
-    return "16~" if notebook.parent.name == "recipes" else notebook.name if notebook.name[0].isdigit() else "~"
+    """Where a notebook stands in the order of names: those with numbers, the recipes between the trainer and the training, the others last."""
+    trainer = next((ROOT / "nbs").glob("*_trainer.ipynb")).name
+    return f"{trainer}~" if notebook.parent.name == "recipes" else notebook.name if notebook.name[0].isdigit() else "~"
 
 
 def test_numbers_of_notebooks_are_an_order_of_imports(monkeypatch):
