@@ -21,7 +21,7 @@ from .backbone import find_backbone, hidden_states
 def softmax_entropy(logits: Tensor) -> Tensor:
     """The entropy in nats [...] of softmax(logits), logits [..., vocab_size]."""
     log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    return -log_p.exp().mul_(log_p).sum(-1)
 
 # %% ../nbs/14_selection.ipynb #b2b52e60
 @torch.no_grad()
@@ -34,7 +34,13 @@ def token_entropy(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     depths = range(backbone.num_hidden_layers + 1)
     real = batch["attention_mask"].bool()
     states = hidden_states(backbone, batch["input_ids"], batch["attention_mask"], depths).inner
-    return torch.stack([softmax_entropy(backbone.logits(states[k][real])) for k in depths])  # one layer's logits [N, vocab_size] at a time
+    entropy = torch.empty(len(depths), int(real.sum()), device=real.device)
+
+    def visit(k: int, rows: slice, logits: Tensor) -> None:
+        entropy[k, rows] = softmax_entropy(logits)
+
+    backbone.visit_logits([states[k][real] for k in depths], visit)
+    return entropy
 
 # %% ../nbs/14_selection.ipynb #00a373b9
 def layer_entropy(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[list[float], int]:
