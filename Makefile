@@ -58,7 +58,10 @@ bases: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
+# Runs each benchmark at the sizes in params/benchmarks/, if it has a file there, and prints all bars, met or not.
+BENCHMARKS = $(foreach name,step_cost growth startup vocabulary evaluation,$(wildcard nbs/benchmarks/$(name).ipynb))
 bench: .venv/bench
 	@mkdir -p runs
-	papermill nbs/benchmarks/step_cost.ipynb runs/step_cost.ipynb -f params/benchmarks/step_cost.yaml --no-progress-bar --stderr-file /dev/stderr
-	papermill nbs/benchmarks/evaluation.ipynb runs/evaluation.ipynb -f params/benchmarks/evaluation.yaml --no-progress-bar --stderr-file /dev/stderr
+	@set -e; for notebook in $(BENCHMARKS); do name=$$(basename $$notebook .ipynb); sizes=params/benchmarks/$$name.yaml; \
+	  papermill $$notebook runs/$$name.ipynb $$(test ! -f $$sizes || echo -f $$sizes) --no-progress-bar --stderr-file /dev/stderr; done
+	@python -c 'from dsft.step_cost import print_bars; print_bars()'

@@ -316,7 +316,7 @@ def test_chunked_head_is_exact(softcap, monkeypatch):
     expected = F.cross_entropy(logits, labels, reduction="sum")
     expected_gradients = torch.autograd.grad(0.3 * expected, (hidden, weight))
     for chunk in (1, 50 * 7, 50 * 100):  # one row at a time, an uneven split, all at once
-        monkeypatch.setattr("dsft.losses.LOGITS_PER_CHUNK", chunk)
+        monkeypatch.setattr("dsft.head.LOGITS_PER_CHUNK", chunk)
         actual = summed_nll(hidden, weight, labels, softcap)
         torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
         torch.testing.assert_close(
