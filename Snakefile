@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from dsft.files import code_digest, contents, digest, import_closure, package_data
+from dsft.kernels import start_server
 from dsft.study import load_study
 
 STUDY = config.get("study", "micro")
@@ -85,6 +86,15 @@ if workflow.is_main_process and not workflow.dryrun:
         sys.exit(f"dsft: study {study.name} is already running (it holds {folder}/.lock); wait for it or stop it")
 
 
+# The notebooks run in processes forked from one that has imported what they import; it lives as long as Snakemake.
+WARM = ["dsft.selection", "dsft.tasks", "dsft.training", "dsft.report", "transformers.models.llama.modeling_llama", "transformers.models.gemma2.modeling_gemma2"]
+servers = []
+
+
+onstart:
+    servers.append(start_server(f"{folder}/.kernels", WARM))
+
+
 wildcard_constraints:
     model="|".join(study.models),
     lang="|".join(["en", *study.languages]),
@@ -95,7 +105,7 @@ wildcard_constraints:
 def notebook(name, **parameters):
     """The command that executes a notebook; its executed copy is the rule's log, its progress bars go to the terminal."""
     given = "".join(f" -r {key} {value}" for key, value in parameters.items())
-    return f"OMP_NUM_THREADS={{threads}} papermill {{input.notebook}} {{log}} --no-progress-bar --stderr-file /dev/stderr{given}"
+    return f"OMP_NUM_THREADS={{threads}} python -m dsft.kernels {{input.notebook}} {{log}} --no-progress-bar --stderr-file /dev/stderr{given}"
 
 
 SEED = " -p seed {wildcards.seed}"
