@@ -13,6 +13,7 @@ Run it with `make study`, look at it with `make study-plan`; on a cluster add a 
 import fcntl
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -92,7 +93,8 @@ servers = []
 
 
 onstart:
-    servers.append(start_server(f"{folder}/.kernels", WARM))
+    with suppress(OSError):  # without a server each notebook starts by itself
+        servers.append(start_server(f"{folder}/.kernels", WARM))
 
 
 wildcard_constraints:

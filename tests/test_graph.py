@@ -69,7 +69,7 @@ def project(tmp_path_factory) -> Path:
 
     cells = [nbformat.v4.new_markdown_cell("# toy\n\n> A recipe that says the English answer several times"), *map(nbformat.v4.new_code_cell, TOY)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), project / "nbs" / "recipes" / "toy.ipynb")
-    table = project / "nbs" / "19_training.ipynb"
+    table = project / "nbs" / "20_training.ipynb"
     line = '    \\"sdrrl\\": \\"dsft.recipes.sdrrl\\",\\n'
     assert table.read_text(encoding="utf-8").count(line) == 1
     table.write_text(table.read_text(encoding="utf-8").replace(line, line + '",\n    "' + line.replace("sdrrl", "toy")), encoding="utf-8")
