@@ -19,8 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from .backbone import Backbone, UnsupportedArchitecture, find_backbone, one_pass_obstacle, packed_hidden_states
-from .losses import LOGITS_PER_CHUNK
+from .backbone import LOGITS_PER_CHUNK, Backbone, UnsupportedArchitecture, find_backbone, one_pass_obstacle, packed_hidden_states
 
 logger = logging.getLogger(__name__)
 
