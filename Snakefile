@@ -63,15 +63,22 @@ ANALYSES = {
     "claims": [*of_both("claims"), *picture("claims")],
 }
 
+for prompt in study.evaluation.prompt[1:]:  # the same models, asked in another way
+    ANALYSES["table1"].append(f"results_{prompt}.csv")
+    for table in ("table1", "table2", "table3", "table4"):
+        ANALYSES[table].append(f"{table}_{prompt}.csv")
+
 # Some of them need runs that not every study has.
+plain = [m for m in methods if not m.variant and m.items is None]  # at most its layers differ from the method it is a variation of
 ablation = any(m.stem == m.name and len({s.stage for s in m.supervisions}) == 1 for m in methods)
+sizes = {(m.stem, m.items or study.data.items) for m in methods if not m.variant and not m.layers}
 POSSIBLE = {
     "table3": ablation,
     "table4": ablation and "flores" in study.evaluation.benchmarks,
-    "figure3": any(len(m.layers) == 1 and m.supervisions[0].stage == "et" for m in methods),
-    "layers": any(len(m.layers) == 2 for m in methods),
-    "readings": any(m.variant for m in methods),
-    "data_size": any(m.items for m in methods),
+    "figure3": "tft" in study.every_method and any(m.layers and [s.stage for s in m.supervisions] == ["et"] for m in plain),
+    "layers": "tft" in study.every_method and any(m.layers and [s.stage for s in m.supervisions] == ["lc", "et"] for m in plain),
+    "readings": any(m.variant and not m.layers and m.items is None for m in methods),
+    "data_size": len(sizes) > len({stem for stem, _ in sizes}),
     "cost": "tft" in study.every_method,
     "code_switch_sweep": study.swept_knob is not None,
 }

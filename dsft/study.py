@@ -82,6 +82,9 @@ class Study(Part):
         every = [m for part in (self, *self.sweeps) for m in part.methods]
         if twice := sorted({m.name for m in every if m != self.every_method[m.name]}):
             raise ValueError(f"sweeps: {twice[0]} stands for two different methods; give one another name")
+        titles = [m.title for m in self.every_method.values()]
+        if twice := sorted({title for title in titles if titles.count(title) > 1}):
+            raise ValueError(f"methods: {twice[0]} is the title of two methods; give one another title")
         return self
 
     @model_validator(mode="after")
