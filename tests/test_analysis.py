@@ -208,7 +208,7 @@ sweeps:
     - {name: first, title: thinking at 1, stem: alone, stages: [{supervisions: [{stage: et, kind: logits, layer: 1}]}]}
     - {name: second, title: thinking at 2, stem: alone, stages: [{supervisions: [{stage: et, kind: logits, layer: 2}]}]}
     - {name: pair, title: both, stages: [{supervisions: [{stage: lc, kind: logits, layer: 1}, {stage: et, kind: logits, layer: 2}]}]}
-    - {name: other_pair, title: both, stem: pair, stages: [{supervisions: [{stage: lc, kind: logits, layer: 1}, {stage: et, kind: logits, layer: 3}]}]}
+    - {name: other_pair, title: both at 1 and 3, stem: pair, stages: [{supervisions: [{stage: lc, kind: logits, layer: 1}, {stage: et, kind: logits, layer: 3}]}]}
     - {name: other_reading, title: thinking positionally, stem: alone, variant: read otherwise,
        stages: [{supervisions: [{stage: et, kind: logits, layer: j, alignment: positional}]}]}
     - {name: few, title: TFT on few, stem: tft, role: control, items: 150}
