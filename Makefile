@@ -9,6 +9,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore:IProgress not found
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
+# glibc gives large buffers back when they are freed, and the kernel clears every page again at the next step: a quarter of a step's time at a vocabulary of 256k (nbs/benchmarks/vocabulary.ipynb).
+export MALLOC_MMAP_THRESHOLD_ := 1073741824
+export MALLOC_TRIM_THRESHOLD_ := 1073741824
 # Snakemake goes through its whole queue again and again, once every such span, and more often the more jobs have ended: at its default, each second, that took a quarter of a core.
 SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete --max-jobs-per-timespan 1000/5s --max-checksum-file-size 100MB
 
