@@ -98,6 +98,8 @@ def execute_in_place(notebook: str | Path) -> None:
     executed = nbformat.read(notebook, as_version=4)
     folder = str(Path(notebook).resolve().parent)
     NotebookClient(executed, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    for cell in (cell for cell in executed.cells if cell.cell_type == "code"):
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     executed.metadata["dsft"] = {"made_from": made_from(notebook)}
     with replacing(notebook) as temporary:
         temporary.write_text(_cleaned(executed), encoding="utf-8")

@@ -33,7 +33,7 @@ from .files import project_root
 from .losses import Supervision, dsft_loss
 from .report import figure_style, save_figure, write_table
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would announce each of its starts
+os.environ |= {"KINETO_LOG_LEVEL": "99"}  # torch's profiler would announce each of its starts
 
 # %% ../nbs/benchmarks/paper_models.ipynb #14920271
 CASES = ("tft", "naive", "truncated", "one_pass", "feature", "positional")
@@ -89,7 +89,7 @@ def relative(seconds: dict[str, list[float]], base: str) -> pd.DataFrame:
         rows.append({"case": name, "s": median, f"times {base}": ratio, "least": min(ratios), "most": max(ratios)})
     return pd.DataFrame(rows)
 
-# %% ../nbs/benchmarks/paper_models.ipynb #8182ee33
+# %% ../nbs/benchmarks/paper_models.ipynb #182ee337
 def _row_cost(config, tokens: Tensor, attention: bool) -> float:
     """Multiplications of one decoder layer, forward, over rows of so many `tokens` [B]."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -116,7 +116,7 @@ def multiplications(case: str, config, batch: dict[str, Tensor], i: int, j: int,
     }[case]
     return 3 * layers(L, *row) + 3 * head("y_tgt") + extra
 
-# %% ../nbs/benchmarks/paper_models.ipynb #5f676a99
+# %% ../nbs/benchmarks/paper_models.ipynb #f676a99d
 def _peak_on_cpu(run: Callable[[], None]) -> int:
     """The most bytes that were allocated while `run` ran, over those before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
@@ -138,7 +138,7 @@ def peak_memory(run: Callable[[], None]) -> float:
         return math.inf
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
-# %% ../nbs/benchmarks/paper_models.ipynb #cacddc7c
+# %% ../nbs/benchmarks/paper_models.ipynb #acddc7ce
 def measure_cases(model, batch: dict[str, Tensor], cases: Sequence[str], i: int, j: int, repeats: int) -> pd.DataFrame:
     """Of each case: seconds of a step, their ratio to TFT, that of the bound, and the peak of memory in GiB, weights included."""
     runs = {case: lambda case=case: step(model, batch, case, i, j) for case in cases}
@@ -150,7 +150,7 @@ def measure_cases(model, batch: dict[str, Tensor], cases: Sequence[str], i: int,
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     return table.assign(**{"bound": [m / least[cases.index("tft")] for m in least], "peak GiB": [weights + peaks[case] for case in cases]})
 
-# %% ../nbs/benchmarks/paper_models.ipynb #7d03ebb2
+# %% ../nbs/benchmarks/paper_models.ipynb #d03ebb2e
 def small_llama(layers: int, hidden_size: int, vocabulary: int, attention: str = "sdpa", device: torch.device | str = "cpu"):
     """A LlamaForCausalLM of these sizes with random weights in fp32, the same at every call."""
     config = transformers.LlamaConfig(
@@ -167,7 +167,7 @@ def small_llama(layers: int, hidden_size: int, vocabulary: int, attention: str =
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
 
-# %% ../nbs/benchmarks/paper_models.ipynb #8312c1c7
+# %% ../nbs/benchmarks/paper_models.ipynb #312c1c7b
 ATTENTIONS = {"sdpa": ("tft", "one_pass", "feature"), "flex_attention": ("tft", "truncated", "feature")}  # the cases that each is measured with
 
 
@@ -179,7 +179,7 @@ def attention_obstacle(attention: str, device: torch.device) -> str | None:
     except Exception as error:  # whatever torch or transformers raise where it is not offered
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
-# %% ../nbs/benchmarks/paper_models.ipynb #acc8a4dd
+# %% ../nbs/benchmarks/paper_models.ipynb #8f4d0fe9
 def growth(
     base: dict[str, int],  # length (tokens of query and answer together), batch, vocabulary and layers
     axes: dict[str, Sequence[int]],  # of some of them, the values that it takes while the others are as in `base`
@@ -191,7 +191,7 @@ def growth(
     """Time and memory of a step, as by `measure_cases`, at each of the `axes`' values; `over` names what varies, `at` is its value."""
     cases, measured, tables = ATTENTIONS[attention], {}, []
     points = [(over, at, base | {over: at}) for over, values in axes.items() for at in values]
-    for over, at, sizes in tqdm(points, desc="sizes", leave=False):
+    for over, at, sizes in points:
         key = tuple(sizes.values())
         if key not in measured:
             model = small_llama(sizes["layers"], hidden_size, sizes["vocabulary"], attention, device)
@@ -200,11 +200,11 @@ def growth(
         tables.append(pd.DataFrame({"attention": attention, "over": over, "at": at}, index=measured[key].index).join(measured[key]))
     return pd.concat(tables, ignore_index=True).assign(hidden_size=hidden_size)
 
-# %% ../nbs/benchmarks/paper_models.ipynb #47e58516
+# %% ../nbs/benchmarks/paper_models.ipynb #7e58516c
 MINIATURE_BASE = dict(length=32, batch=2, vocabulary=200, layers=4)
 MINIATURE_AXES = dict(length=(32, 64), batch=(1, 2), vocabulary=(200, 2000), layers=(2, 4))
 
-# %% ../nbs/benchmarks/paper_models.ipynb #60d39b5f
+# %% ../nbs/benchmarks/paper_models.ipynb #0d39b5f4
 def growth_figure(table: pd.DataFrame) -> plt.Figure:
     """The curves of `growth`: a column for each size that varies; time, time relative to TFT beside the bound (broken), and memory."""
     rows = {"s": "seconds of a step", "times tft": "TFT = 1", "peak GiB": "peak of memory (GiB)"}
@@ -257,7 +257,7 @@ def measure(name: str, miniature: bool = False, batch_size: int = 8, length: int
     table.insert(0, "model", name + " (miniature)" * miniature)
     return table.assign(**sizes, batch=batch_size, length=length, **where)
 
-# %% ../nbs/benchmarks/paper_models.ipynb #9b127c49
+# %% ../nbs/benchmarks/paper_models.ipynb #b127c49c
 _SIGNS = {"<=": operator.le, ">=": operator.ge}
 
 
@@ -272,7 +272,7 @@ def write_bars(rows: Iterable[tuple[str, float, str]], folder: str | Path, name:
         write_table(table, project_root() / folder, name)
     return table
 
-# %% ../nbs/benchmarks/paper_models.ipynb #dcd0ba94
+# %% ../nbs/benchmarks/paper_models.ipynb #cd0ba94c
 def print_bars(folder: str | Path = "figures") -> None:
     """Print every table of bars below a folder, and how many bars are met."""
     tables = {path: pd.read_csv(path) for path in sorted((project_root() / folder).rglob("*bars.csv"))}
@@ -281,7 +281,7 @@ def print_bars(folder: str | Path = "figures") -> None:
     met = [bar for table in tables.values() for bar in table["met"]]
     print(f"\n{sum(met)} of {len(met)} bars are met")
 
-# %% ../nbs/benchmarks/paper_models.ipynb #82227270
+# %% ../nbs/benchmarks/paper_models.ipynb #22272700
 GPU_BASE = dict(length=512, batch=8, vocabulary=32_000, layers=16)
 AXES = dict(length=(64, 128, 256, 512, 1024), batch=(1, 2, 4, 8, 16), vocabulary=(2_000, 8_000, 32_000, 128_000, 256_000), layers=(4, 8, 16, 32))
 

@@ -197,6 +197,6 @@ def test_wrong_use_is_refused_at_once(tmp_path):
 
 def test_a_method_may_train_for_longer_than_the_study():
     study = load_study("smoke")
-    study = study.model_copy(update={"methods": (METHODS["tft"], Method(name="tft_compute", epochs=1.4)), "train": study.train.model_copy(update={"epochs": 3.0})})
-    epochs = [training_arguments(study.run("mini-llama", "zh", name, 0)).num_train_epochs for name in ("tft", "tft_compute")]
+    study = study.model_copy(update={"methods": (METHODS["tft"], Method(name="tft_compute", stages=[{"epochs": 1.4}])), "train": study.train.model_copy(update={"epochs": 3.0})})
+    epochs = [training_arguments(run, run.stages[0]).num_train_epochs for run in (study.run("mini-llama", "zh", name, 0) for name in ("tft", "tft_compute"))]
     assert epochs == pytest.approx([3.0, 4.2])
