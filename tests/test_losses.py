@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 import transformers
@@ -17,18 +18,7 @@ from dsft.losses import Supervision, choose_path, dsft_loss, gradient_norms, sum
 
 PATHS = ("naive", "truncated", "one_pass")
 LAYERS = 6
-TINY = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    attention_dropout=0.0,
-)
+TINY = dict(tiny.SIZES, num_hidden_layers=LAYERS, pad_token_id=0, bos_token_id=1, eos_token_id=2, attention_dropout=0.0)
 GEMMA = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=5, tie_word_embeddings=True)
 ARCHITECTURES = {
     "llama": ("Llama", {}, "sdpa"),

@@ -11,6 +11,7 @@ from dsft.methods import METHODS, Supervision
 from dsft.trainer import DSFTTrainer
 
 LAYERS = 4
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
 SUPERVISIONS = {
     "tft": (),
     "logits": METHODS["dsft_logits"].at(1, 2),
@@ -31,15 +32,7 @@ DISTRIBUTED = {
 def model(tied: bool = False) -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )
+        transformers.LlamaConfig(**SIZES, num_hidden_layers=LAYERS, tie_word_embeddings=tied)
     )
 
 
