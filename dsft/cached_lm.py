@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
@@ -143,7 +143,6 @@ def score(backbone: Backbone, rows: Sequence[Row]) -> Iterator[tuple[Request, fl
         yield request, float(its_log_p.sum()), bool(its_greedy.all())
 
 # %% ../nbs/22_cached_lm.ipynb #49eb23a6
-@register_model("hf-shared-context")
 class SharedContextLM(HFLM):
     """lm-eval's HFLM, which takes the same arguments; choices that have a context in common read it once."""
 
@@ -181,3 +180,6 @@ class SharedContextLM(HFLM):
                         self.cache_hook.add_partial("loglikelihood", texts, tuple(answer))
                     bar.update()
         return answers
+
+
+model_registry.register("hf-shared-context", target="dsft.cached_lm:SharedContextLM")
