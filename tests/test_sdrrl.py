@@ -188,4 +188,4 @@ def test_a_study_distils_and_trains_it_through_snakemake(tmp_path):
     assert report["tasks"] == {"question": 48, "translation": 1, "completion": 1}
     log = [json.loads(line) for line in (run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert log[-1]["step"] == 7 and log[-1]["loss_tft"] > 0 == log[-1]["loss_lc"]
-    assert (run / "model" / "model.safetensors").exists() and json.loads((run / "sdrrl_report.json").read_text())["provenance"]["commit"]
+    assert (run / "model" / "model.safetensors").exists() and json.loads((run / "recipe_rows_report.json").read_text())["provenance"]["commit"]
