@@ -64,10 +64,10 @@ def check(
         loaded = load_study(study)
         check_recipes(loaded)
         absent = absent_files(loaded)
-        if absent and not plan:
-            field, path = next(iter(absent.items()))
-            raise ParamsError(f"{field} = {path!r}: no such file; paths are relative to the project's root")
-        if not absent:
+        for field, path in absent.items():
+            if field.startswith("data.") and not plan:  # of its own files a recipe knows which it needs, and says so below
+                raise ParamsError(f"{field} = {path!r}: no such file; paths are relative to the project's root")
+        if not absent or not plan:
             check_data(loaded)
             check_resources(loaded)
         if not plan:
@@ -76,5 +76,5 @@ def check(
         raise SystemExit(f"dsft: {error}") from None
     runs = len(loaded.all_runs())
     print(f"study {loaded.name}: {len(loaded.models)} models, languages {' '.join(loaded.languages)}, {len(loaded.methods)} methods, {runs} runs")
-    if absent:
+    if absent and plan:
         print(f"to be fetched before it can run: {' '.join(sorted(set(absent.values())))}")

@@ -167,12 +167,17 @@ BAD = [
 ]  # fmt: skip
 
 
-def one_line(folder: Path) -> str:
-    """What the check before a study says."""
+def check_in(folder: Path) -> None:
+    """The check before the study in `folder`."""
     path = folder / "study.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("FOLDER", str(folder)), encoding="utf-8")
+    check(str(path))
+
+
+def one_line(folder: Path) -> str:
+    """What the check before a study says."""
     try:
-        check(str(path))
+        check_in(folder)
     except SystemExit as told:
         assert str(told).startswith("dsft: ")
         return str(told)
@@ -185,6 +190,13 @@ def broken(good: Path, folder: Path, change, data: dict) -> Path:
     if data:
         study("data", **data)(folder / "study")
     return folder / "study"
+
+
+def test_a_file_that_a_recipe_does_not_use_need_not_be_there(good, tmp_path, capsys):
+    folder = broken(good, tmp_path, moved("dictionary.txt", "x"), {})
+    study("recipes.sdrrl", code_switch=0.0)(folder)
+    check_in(folder)
+    assert "to be fetched" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("change", "words", "data"), [pytest.param(change, words, (*more, {})[0], id=kind) for kind, change, words, *more in BAD])
