@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['RawRow', 'Item', 'LONGEST', 'MKQA_LANG', 'MKQA_TYPES', 'YES_NO', 'STORY_HEADER', 'STORY_COLUMNS', 'SOURCES',
-           'FLORES_CODES', 'FLORES_PLUS', 'BENCHMARK_SEED', 'BROKEN_SHARE', 'BrokenRow', 'read_json', 'read_jsonl',
-           'read_tsv', 'read_squad', 'squad_item', 'mkqa_item', 'truthfulqa_item', 'xnli_item', 'xcopa_item',
-           'read_story', 'xstorycloze_item', 'mmlu_item', 'read_lines', 'flores_item', 'directions', 'Source',
-           'chosen_split', 'shots_split', 'MissingFile', 'asked_text', 'load_items', 'load_benchmark', 'load_shots',
-           'check_benchmarks']
+           'FLORES_CODES', 'FLORES_PLUS', 'BENCHMARK_SEED', 'BROKEN_SHARE', 'BrokenRow', 'read_json', 'read_tsv',
+           'read_squad', 'squad_item', 'mkqa_item', 'truthfulqa_item', 'xnli_item', 'xcopa_item', 'read_story',
+           'xstorycloze_item', 'mmlu_item', 'read_lines', 'flores_item', 'directions', 'Source', 'chosen_split',
+           'shots_split', 'MissingFile', 'asked_text', 'load_items', 'load_benchmark', 'load_shots', 'check_benchmarks']
 
 # %% ../nbs/21_benchmark_items.ipynb #e24f3fa6
 import gzip
-import json
 import reprlib
 import zlib
 from collections import Counter
@@ -31,7 +29,7 @@ from .languages import check_language
 from .metrics import BENCHMARKS, TRANSLATION
 from .prompts import benchmark_wording, is_blank
 from .settings import EvalParams
-from .tables import row_ids
+from .tables import json_rows, row_ids
 
 # %% ../nbs/21_benchmark_items.ipynb #241ef63c
 RawRow = dict[str, Any]  # of a benchmark, in the columns that it has on the hub
@@ -74,23 +72,12 @@ def _one_of(row: RawRow, name: str, allowed: tuple) -> int:
     return allowed.index(value)
 
 # %% ../nbs/21_benchmark_items.ipynb #95bc9745
-def read_json(text: str) -> Any:
-    """A JSON list of objects."""
+def read_json(text: str) -> list[Any]:
+    """A JSON list of objects, or one object a line."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json_rows(text)
+    except ValueError as error:
         raise BrokenRow(f"not readable as JSON: {error}") from None
-
-# %% ../nbs/21_benchmark_items.ipynb #e0ac50b8
-def read_jsonl(text: str) -> list[RawRow]:
-    """One JSON object a line."""
-    rows = []
-    for n, line in enumerate(line for line in lines_of(text) if line.strip()):
-        try:
-            rows.append(read_json(line))
-        except BrokenRow as error:
-            raise BrokenRow(f"row {n}: {error}") from None
-    return rows
 
 # %% ../nbs/21_benchmark_items.ipynb #cc83b746
 def read_tsv(text: str, columns: Sequence[str], header: Sequence[str] = ()) -> list[RawRow]:
@@ -112,9 +99,9 @@ def read_squad(text: str) -> list[RawRow]:
         return [
             {"id": qa["id"], "context": paragraph["context"], "question": qa["question"],
              "answers": {"text": [answer["text"] for answer in qa["answers"]]}}
-            for article in read_json(text)["data"] for paragraph in article["paragraphs"] for qa in paragraph["qas"]
+            for article in read_json(text)[0]["data"] for paragraph in article["paragraphs"] for qa in paragraph["qas"]
         ]  # fmt: skip
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise BrokenRow(f"not in SQuAD's format (data > paragraphs > context, qas > id, question, answers > text): {error!r}") from None
 
 # %% ../nbs/21_benchmark_items.ipynb #22de97d7
@@ -236,14 +223,14 @@ SOURCES = {
     "xquad": Source(squad_item, read_squad, ("xquad.{lang}.json",), ("google/xquad", "xquad.{lang}"), {"validation": "validation"}),
     "mlqa": Source(squad_item, read_squad, ("{split}-context-{lang}-question-{lang}.json", "{split}/{split}-context-{lang}-question-{lang}.json"),
         ("facebook/mlqa", "mlqa.{lang}.{lang}"), {"test": "test", "dev": "validation"}),
-    "mkqa": Source(mkqa_item, read_jsonl, ("mkqa.jsonl", "mkqa.jsonl.gz", "test_mkqa.jsonl"),
+    "mkqa": Source(mkqa_item, read_json, ("mkqa.jsonl", "mkqa.jsonl.gz", "test_mkqa.jsonl"),
         ("text", "https://github.com/apple/ml-mkqa/raw/main/dataset/mkqa.jsonl.gz"), {"train": "train"}, id="example_id"),
     "truthfulqa": Source(truthfulqa_item, read_json, ("{lang}_{split}.json", "okapi_{lang}_{split}.json"),
         ("alexandrainst/m_truthfulqa", "{lang}"), {"validation": "val"},
         elsewhere={"en": ("truthfulqa/truthful_qa", "multiple_choice", {"validation": "validation"})}),
     "xnli": Source(xnli_item, partial(read_tsv, columns=("premise", "hypothesis", "label")), ("{split}-{lang}.tsv",),
         ("facebook/xnli", "{lang}"), {"test": "test", "dev": "validation"}),
-    "xcopa": Source(xcopa_item, read_jsonl, ("{split}.{lang}.jsonl", "{lang}/{split}.{lang}.jsonl"),
+    "xcopa": Source(xcopa_item, read_json, ("{split}.{lang}.jsonl", "{lang}/{split}.{lang}.jsonl"),
         ("cambridgeltl/xcopa", "{lang}"), {"test": "test", "val": "validation"}, id="idx",
         elsewhere={"en": ("aps/super_glue", "copa", {"test": "validation", "val": "validation", "train": "train"})}, langs=frozenset("en et ht id it qu sw ta th tr vi zh".split())),
     "xstorycloze": Source(xstorycloze_item, read_story, ("spring2016.val.{lang}.tsv.split_20_80_{split}.tsv",),

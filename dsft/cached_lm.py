@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from .backbone import LOGITS_PER_CHUNK, Backbone, UnsupportedArchitecture, find_backbone, one_pass_obstacle, packed_hidden_states
 from .data import begins_with_space, padded, prefix_ids, prompt_ids, text_ids
+from .files import ParamsError
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +234,10 @@ class SharedContextLM(HFLM):
         texts = [request.args for request in requests]
         contexts, choices = self._contexts([context for context, _ in texts]), self._choices([choice for _, choice in texts])
         return self._loglikelihood_tokens(list(zip(texts, contexts, choices)), disable_tqdm=disable_tqdm)
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
+        """Refused: a chat template spells out special tokens, and what is spelled out is text here."""
+        raise ParamsError("hf-shared-context: asks as in training, without a chat template; use lm-eval's own hf for that")
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None

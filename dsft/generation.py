@@ -17,7 +17,7 @@ from tqdm.std import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import padded, prompt_ids
-from .files import ParamsError, digest, exclusive, from_hub, json_digest, lines_of, write_jsonl
+from .files import ParamsError, digest, exclusive, from_hub, json_digest, write_jsonl
 from .methods import Part
 from .prompts import TEMPLATES
 from .study import Run, Study
@@ -27,8 +27,7 @@ def _answered(file: Path) -> dict[int, str]:
     """What a file of answers (JSON Lines of n, answer) holds; a last line that was cut off by a kill is dropped from it."""
     if not file.exists():
         return {}
-    whole = file.read_bytes().rpartition(b"\n")[0]
-    rows = [json.loads(line) for line in lines_of(whole.decode("utf-8"))]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
     write_jsonl(file, rows)
     return {row["n"]: row["answer"] for row in rows}
 
@@ -116,7 +115,8 @@ def translator(options: TranslatorOptions, study: Study, lang: str, field: str) 
     model, tokenizer, forced = _load_translator(options, lang, field)
 
     def translate(texts: list[str]) -> list[str]:
-        batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, return_token_type_ids=False).to(model.device)
+        options = {"padding": True, "truncation": True, "split_special_tokens": True, "return_token_type_ids": False}
+        batch = tokenizer(texts, return_tensors="pt", **options).to(model.device)
         with torch.inference_mode():
             said = model.generate(**batch, max_new_tokens=options.max_new_tokens, do_sample=False, **forced)
         return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
