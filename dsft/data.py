@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple
@@ -144,13 +144,15 @@ def _without_special_pieces(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
         model["vocab"] = {rename(piece, n): n for piece, n in model["vocab"].items()}
     else:
         model["vocab"] = [[rename(piece, n), score] for n, (piece, score) in enumerate(model["vocab"])]  # Unigram
-    added = [token for token in state["added_tokens"] if not token["special"]]
+    added = [token for token in state["added_tokens"] if not (token["special"] or token["id"] in special)]
     return Tokenizer.from_str(json.dumps(state | {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}))
 
 
+@lru_cache(maxsize=4)
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The ids of the special tokens, without the one that stands for what a text has and the vocabulary has not."""
-    return {n for n, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
+    marked = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return (marked | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
 
 # %% ../nbs/12_data.ipynb #48674d5e
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

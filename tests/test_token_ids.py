@@ -1,10 +1,14 @@
 """One way from text to token ids: trained, generated, scored and looked into with the same ids, by tokenizers of every kind, built here and small."""
 
+import json
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
+from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from conftest import ROOT
@@ -75,6 +79,15 @@ def wrapped(made: Tokenizer, single: str = "$A", **options) -> transformers.PreT
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **options)
 
 
+def native() -> transformers.PreTrainedTokenizerBase:
+    """SentencePiece itself, without the `tokenizers` library, as GPT-SW3 has it."""
+    folder = tempfile.mkdtemp()
+    Path(folder, "corpus.txt").write_text("\n".join(line.replace("\n", " ") for line in corpus()), encoding="utf-8")
+    options = {"model_type": "bpe", "vocab_size": 700, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(input=f"{folder}/corpus.txt", model_prefix=f"{folder}/m", control_symbols=["<pad>", "<|endoftext|>"], **options)
+    return transformers.GPTSw3Tokenizer(f"{folder}/m.model", pad_token="<pad>", bos_token="<|endoftext|>", eos_token="</s>", unk_token="<unk>", name_or_path="gpt-sw3")
+
+
 LLAMA = ["<unk>", "<s>", "</s>"]
 SPM = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 SPM_DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -126,6 +139,8 @@ FAMILIES: dict[str, tuple[Callable, list[str], bool]] = {
     "bert: WordPiece": (
         lambda: wrapped(word_piece(["[PAD]", "[UNK]", "[CLS]", "[SEP]"]), "[CLS] $A [SEP]", eos_token="[SEP]", bos_token="[CLS]", unk_token="[UNK]", pad_token="[PAD]"), ["[CLS]"], False,
     ),
+    "byt5: bytes in Python that appends EOS": (transformers.ByT5Tokenizer, [], False),
+    "gpt-sw3: SentencePiece itself": (native, [], True),
 }  # fmt: skip
 
 
@@ -160,18 +175,18 @@ def test_there_are_at_least_twelve_families():
 
 def test_special_tokens_stand_where_training_puts_them_and_nowhere_else(family, trained):
     tokenizer, prefix, _ = family
-    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
-    assert prefix_ids(tokenizer) == prefix and tokenizer.eos_token_id in special | {tokenizer.unk_token_id}
+    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special and n != tokenizer.unk_token_id}
+    assert prefix_ids(tokenizer) == prefix
     for _, _, x, y in trained:
         assert x[: len(prefix)] == prefix and y[-1] == tokenizer.eos_token_id
-        assert special.isdisjoint(x[len(prefix) :]) and special.isdisjoint(y[:-1])
+        assert tokenizer.eos_token_id not in x[len(prefix) :] + y[:-1] and special.isdisjoint(x[len(prefix) :] + y[:-1])
 
 
 def test_ids_are_those_of_the_tokenizer_where_nothing_is_spelled_out(family, trained):
     tokenizer, prefix, _ = family
     for x_text, y_text, x, y in trained:
         for text, ids in ((x_text, x[len(prefix) :]), (y_text, y[:-1])):
-            if not any(token.content in text for token in tokenizer.added_tokens_decoder.values() if token.special):
+            if not any(token in text for token in tokenizer.all_special_tokens):
                 assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -222,8 +237,8 @@ def test_an_empty_prompt_is_what_stands_in_front_or_bos_or_eos(family, lm):
 
 def test_the_text_comes_back(family, trained):
     tokenizer, *_ = family
-    if any(word in type(tokenizer.backend_tokenizer.model).__name__ for word in ("Unigram", "WordPiece")):
-        return  # these normalise, and do not know every character
+    if not tokenizer.is_fast or type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
+        return  # the others normalise, or do not know every character
     for _, y_text, _, y in trained:
         assert tokenizer.decode(y, skip_special_tokens=True, clean_up_tokenization_spaces=False).removeprefix(" ") == y_text
 
@@ -238,6 +253,20 @@ def test_arguments_of_hflm_are_heard():
     other = SharedContextLM(pretrained=model, tokenizer=tokenizer, prefix_token_id=7)
     assert other._encode_pair("", "b")[0] == [7] and other._encode_pair("a", "b")[0] == prompt_ids(tokenizer, ["a"])[0]
     assert other.tok_encode("a", add_special_tokens=False) == text_ids(tokenizer, ["a"])[0]
+
+
+def test_an_eos_that_is_not_marked_as_special_is_one():
+    """As a tokenizer.json has it whose author forgot to say so; other tokens that were added and are no special ones stay tokens."""
+    tokenizer = FAMILIES["qwen: bytes without BOS"][0]()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = False
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    bare._special_tokens_map["eos_token"] = "<|im_end|>"  # without the mark that its setter makes
+    assert bare.eos_token == "<|im_end|>" and not bare.added_tokens_decoder[bare.eos_token_id].special
+    text = "<|im_start|> ends <|im_end|>"
+    (ids,) = text_ids(bare, [text])
+    assert bare.eos_token_id not in ids and bare.decode(ids) == text and ids[0] == bare.convert_tokens_to_ids("<|im_start|>")
 
 
 def test_a_tokenizer_that_cannot_keep_text_apart_is_one_line(monkeypatch):
