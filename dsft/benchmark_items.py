@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['RawRow', 'Item', 'LONGEST', 'MKQA_LANG', 'MKQA_TYPES', 'YES_NO', 'STORY_HEADER', 'STORY_COLUMNS', 'SOURCES',
-           'FLORES_CODES', 'FLORES_PLUS', 'BENCHMARK_SEED', 'BROKEN_SHARE', 'BrokenRow', 'read_json', 'read_jsonl',
-           'read_tsv', 'read_squad', 'squad_item', 'mkqa_item', 'truthfulqa_item', 'xnli_item', 'xcopa_item',
-           'read_story', 'xstorycloze_item', 'mmlu_item', 'read_lines', 'flores_item', 'directions', 'Source',
-           'chosen_split', 'MissingFile', 'load_items', 'load_benchmark', 'check_benchmarks']
+           'FLORES_CODES', 'FLORES_PLUS', 'BENCHMARK_SEED', 'BROKEN_SHARE', 'BrokenRow', 'read_json', 'read_tsv',
+           'read_squad', 'squad_item', 'mkqa_item', 'truthfulqa_item', 'xnli_item', 'xcopa_item', 'read_story',
+           'xstorycloze_item', 'mmlu_item', 'read_lines', 'flores_item', 'directions', 'Source', 'chosen_split',
+           'shots_split', 'MissingFile', 'asked_text', 'load_items', 'load_benchmark', 'load_shots', 'check_benchmarks']
 
 # %% ../nbs/21_benchmark_items.ipynb #e24f3fa6
 import gzip
-import json
 import reprlib
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +21,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import regex
 from datasets import Dataset, load_dataset
 
-from .files import ParamsError, project_root
+from .files import ParamsError, lines_of, project_root, unwritable_cache
 from .languages import check_language
 from .metrics import BENCHMARKS, TRANSLATION
-from .prompts import benchmark_wording
+from .prompts import benchmark_wording, is_blank
 from .settings import EvalParams
+from .tables import json_rows, row_ids
 
 # %% ../nbs/21_benchmark_items.ipynb #241ef63c
 RawRow = dict[str, Any]  # of a benchmark, in the columns that it has on the hub
@@ -44,8 +46,10 @@ LONGEST = 50_000  # characters; a longer text is a broken file, most often an un
 def _text(row: RawRow, name: str) -> str:
     """The text in column `name`, without the space around it."""
     value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         raise BrokenRow(f"{name} = {reprlib.repr(value)}: must be text" if name in row else f"{name} is missing")
+    if regex.search(r"\p{Cs}", value):
+        raise BrokenRow(f"{name} = {value[:40]!a}: is no valid Unicode (it holds half of a surrogate pair)")
     if len(value) > LONGEST:
         raise BrokenRow(f"{name} has {len(value):,} characters, more than {LONGEST:,}")
     return value.strip()
@@ -68,28 +72,17 @@ def _one_of(row: RawRow, name: str, allowed: tuple) -> int:
     return allowed.index(value)
 
 # %% ../nbs/21_benchmark_items.ipynb #95bc9745
-def read_json(text: str) -> Any:
-    """A JSON list of objects."""
+def read_json(text: str) -> list[Any]:
+    """A JSON list of objects, or one object a line."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json_rows(text)
+    except ValueError as error:
         raise BrokenRow(f"not readable as JSON: {error}") from None
-
-# %% ../nbs/21_benchmark_items.ipynb #e0ac50b8
-def read_jsonl(text: str) -> list[RawRow]:
-    """One JSON object a line."""
-    rows = []
-    for n, line in enumerate(line for line in text.split("\n") if line.strip()):
-        try:
-            rows.append(read_json(line))
-        except BrokenRow as error:
-            raise BrokenRow(f"row {n}: {error}") from None
-    return rows
 
 # %% ../nbs/21_benchmark_items.ipynb #cc83b746
 def read_tsv(text: str, columns: Sequence[str], header: Sequence[str] = ()) -> list[RawRow]:
     """Cells between tabs, under the names that their columns have on the hub; `header` is what the first line must be, if anything."""
-    lines = [line.split("\t") for line in text.split("\n") if line.strip()]
+    lines = [line.split("\t") for line in lines_of(text) if line.strip()]
     if header:
         first = lines.pop(0) if lines else []
         if [name.strip() for name in first] != list(header):
@@ -106,9 +99,9 @@ def read_squad(text: str) -> list[RawRow]:
         return [
             {"id": qa["id"], "context": paragraph["context"], "question": qa["question"],
              "answers": {"text": [answer["text"] for answer in qa["answers"]]}}
-            for article in read_json(text)["data"] for paragraph in article["paragraphs"] for qa in paragraph["qas"]
+            for article in read_json(text)[0]["data"] for paragraph in article["paragraphs"] for qa in paragraph["qas"]
         ]  # fmt: skip
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise BrokenRow(f"not in SQuAD's format (data > paragraphs > context, qas > id, question, answers > text): {error!r}") from None
 
 # %% ../nbs/21_benchmark_items.ipynb #22de97d7
@@ -197,7 +190,7 @@ def mmlu_item(row: RawRow, lang: str) -> Item:
 # %% ../nbs/21_benchmark_items.ipynb #a83f63e6
 def read_lines(text: str) -> list[RawRow]:
     """One sentence a line."""
-    return [{"text": line} for line in text.removesuffix("\n").split("\n")]
+    return [{"text": line} for line in lines_of(text)]
 
 # %% ../nbs/21_benchmark_items.ipynb #123d860b
 def flores_item(row: RawRow, lang: str) -> Item:
@@ -222,7 +215,7 @@ class Source:
     hub: tuple[str, str]  # dataset and configuration, or "text" and the address of a file in the format of `read`
     splits: dict[str, str]  # split in the names of the files -> split on the hub; the first is the usual one
     id: str = "id"  # the column; rows without it are numbered
-    elsewhere: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # language -> dataset, configuration, split
+    elsewhere: dict[str, tuple[str, str, dict[str, str]]] = field(default_factory=dict)  # language -> dataset, configuration, splits
     langs: frozenset[str] | None = None  # the languages there are, where that is a short list
 
 # %% ../nbs/21_benchmark_items.ipynb #6fbfa05e
@@ -230,16 +223,16 @@ SOURCES = {
     "xquad": Source(squad_item, read_squad, ("xquad.{lang}.json",), ("google/xquad", "xquad.{lang}"), {"validation": "validation"}),
     "mlqa": Source(squad_item, read_squad, ("{split}-context-{lang}-question-{lang}.json", "{split}/{split}-context-{lang}-question-{lang}.json"),
         ("facebook/mlqa", "mlqa.{lang}.{lang}"), {"test": "test", "dev": "validation"}),
-    "mkqa": Source(mkqa_item, read_jsonl, ("mkqa.jsonl", "mkqa.jsonl.gz", "test_mkqa.jsonl"),
+    "mkqa": Source(mkqa_item, read_json, ("mkqa.jsonl", "mkqa.jsonl.gz", "test_mkqa.jsonl"),
         ("text", "https://github.com/apple/ml-mkqa/raw/main/dataset/mkqa.jsonl.gz"), {"train": "train"}, id="example_id"),
     "truthfulqa": Source(truthfulqa_item, read_json, ("{lang}_{split}.json", "okapi_{lang}_{split}.json"),
         ("alexandrainst/m_truthfulqa", "{lang}"), {"validation": "val"},
-        elsewhere={"en": ("truthfulqa/truthful_qa", "multiple_choice", "validation")}),
+        elsewhere={"en": ("truthfulqa/truthful_qa", "multiple_choice", {"validation": "validation"})}),
     "xnli": Source(xnli_item, partial(read_tsv, columns=("premise", "hypothesis", "label")), ("{split}-{lang}.tsv",),
         ("facebook/xnli", "{lang}"), {"test": "test", "dev": "validation"}),
-    "xcopa": Source(xcopa_item, read_jsonl, ("{split}.{lang}.jsonl", "{lang}/{split}.{lang}.jsonl"),
+    "xcopa": Source(xcopa_item, read_json, ("{split}.{lang}.jsonl", "{lang}/{split}.{lang}.jsonl"),
         ("cambridgeltl/xcopa", "{lang}"), {"test": "test", "val": "validation"}, id="idx",
-        elsewhere={"en": ("aps/super_glue", "copa", "validation")}, langs=frozenset("en et ht id it qu sw ta th tr vi zh".split())),
+        elsewhere={"en": ("aps/super_glue", "copa", {"test": "validation", "val": "validation", "train": "train"})}, langs=frozenset("en et ht id it qu sw ta th tr vi zh".split())),
     "xstorycloze": Source(xstorycloze_item, read_story, ("spring2016.val.{lang}.tsv.split_20_80_{split}.tsv",),
         ("juletxara/xstory_cloze", "{lang}"), {"eval": "eval", "train": "train"}, id="story_id",
         langs=frozenset("en ru zh es ar hi id te sw eu my".split())),
@@ -262,14 +255,21 @@ def chosen_split(name: str, params: EvalParams) -> str:
         raise ParamsError(f"evaluation.splits.{name} = {split!r}: no such split; choose from {', '.join(splits)}")
     return split
 
+# %% ../nbs/21_benchmark_items.ipynb #4d8561ef
+def shots_split(name: str, lang: str, params: EvalParams) -> str | None:
+    """The split from which a benchmark takes examples: of train, dev and val the last one that holds other rows than those asked; None where there is none."""
+    source, asked = SOURCES[name], chosen_split(name, params)
+    places = source.elsewhere[lang][2] if params.source == "hub" and lang in source.elsewhere else source.splits
+    return next((split for split in reversed(places) if split in ("train", "dev", "val") and places[split] != places[asked]), None)
+
 # %% ../nbs/21_benchmark_items.ipynb #2700d4df
 class MissingFile(ParamsError):
     """A benchmark has no file for a language in data_dir."""
 
 # %% ../nbs/21_benchmark_items.ipynb #05449cf1
-def _file(name: str, lang: str, params: EvalParams) -> Path:
-    """The file of a benchmark in one language, as messages name it: relative to the project's root."""
-    place = {"lang": lang, "split": chosen_split(name, params), "code": FLORES_CODES.get(lang, lang)}
+def _file(name: str, lang: str, params: EvalParams, split: str) -> Path:
+    """The file of a split of a benchmark in one language, as messages name it: relative to the project's root."""
+    place = {"lang": lang, "split": split, "code": FLORES_CODES.get(lang, lang)}
     known = [f"{name}/{pattern.format(**place)}" for pattern in SOURCES[name].files]
     found = next((path for path in known if (project_root() / params.data_dir / path).is_file()), None)
     if found is None:
@@ -278,15 +278,15 @@ def _file(name: str, lang: str, params: EvalParams) -> Path:
     return Path(params.data_dir) / found
 
 # %% ../nbs/21_benchmark_items.ipynb #24f715a0
-def _from_files(name: str, lang: str, params: EvalParams) -> tuple[str, list[RawRow]]:
-    """The file of a benchmark in one language, as it is named in messages, and its rows."""
-    shown = _file(name, lang, params)
+def _from_files(name: str, lang: str, params: EvalParams, split: str) -> tuple[str, list[RawRow]]:
+    """The file of a split of a benchmark in one language, as it is named in messages, and its rows."""
+    shown = _file(name, lang, params, split)
     try:
         content = (project_root() / shown).read_bytes()
         text = (gzip.decompress(content) if shown.suffix == ".gz" else content).decode("utf-8")
         if text.startswith("\ufeff"):
             raise BrokenRow("begins with a byte order mark; save it as UTF-8 without one")
-        rows = SOURCES[name].read(text.replace("\r\n", "\n"))
+        rows = SOURCES[name].read(text)
     except UnicodeDecodeError as error:
         raise ParamsError(f"{shown}: not in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
     except (BrokenRow, OSError, EOFError) as error:
@@ -296,11 +296,12 @@ def _from_files(name: str, lang: str, params: EvalParams) -> tuple[str, list[Raw
     return str(shown), rows
 
 # %% ../nbs/21_benchmark_items.ipynb #1476c929
-def _on_hub(name: str, lang: str, params: EvalParams) -> tuple[str, str, str]:
+def _on_hub(name: str, lang: str, split: str) -> tuple[str, str, str]:
     """Dataset, configuration and split of a benchmark in one language."""
     source, code = SOURCES[name], FLORES_CODES.get(lang, lang)
-    dataset, config = (part.format(lang=lang, code=FLORES_PLUS.get(code, code)) for part in source.hub)
-    return source.elsewhere.get(lang, (dataset, config, source.splits[chosen_split(name, params)]))
+    there = tuple(part.format(lang=lang, code=FLORES_PLUS.get(code, code)) for part in source.hub)
+    dataset, config, splits = source.elsewhere.get(lang, (*there, source.splits))
+    return dataset, config, splits[split]
 
 # %% ../nbs/21_benchmark_items.ipynb #d4743bc3
 def _dataset(path: str, config: str, split: str) -> Dataset:
@@ -314,26 +315,28 @@ def _dataset(path: str, config: str, split: str) -> Dataset:
     return load_dataset("parquet", data_files=tables, split="train")
 
 # %% ../nbs/21_benchmark_items.ipynb #c6ccef61
-def _from_hub(name: str, lang: str, params: EvalParams) -> tuple[str, list[RawRow]]:
-    """The dataset of a benchmark in one language on the hub, as it is named in messages, and its rows."""
-    path, config, split = _on_hub(name, lang, params)
-    shown = config if path == "text" else f"{path} ({config}, {split}) on the hub"
+def _from_hub(name: str, lang: str, params: EvalParams, split: str) -> tuple[str, list[RawRow]]:
+    """The dataset of a split of a benchmark in one language on the hub, as it is named in messages, and its rows."""
+    path, config, there = _on_hub(name, lang, split)
+    shown = config if path == "text" else f"{path} ({config}, {there}) on the hub"
     try:
         if path == "text":
             return shown, SOURCES[name].read("\n".join(load_dataset("text", data_files=config, split="train")["text"]))
-        return shown, _dataset(path, config, split).to_list()
+        return shown, _dataset(path, config, there).to_list()
     except Exception as error:  # of many kinds: no connection, offline mode, gated, renamed, no such configuration
+        if cache := unwritable_cache(error):
+            raise ParamsError(f"{shown}: {cache}") from None
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "connect to the internet, log in (hf auth login) where a dataset asks for it, or use source: files with a data_dir"
         raise ParamsError(f"{shown} cannot be loaded: {why[:200]}; {remedy}") from None
 
 # %% ../nbs/21_benchmark_items.ipynb #c005928c
-def _rows(name: str, lang: str, params: EvalParams) -> tuple[str, list[RawRow]]:
-    """The rows of a benchmark in one language or direction, and before them what messages call the file or dataset; a direction pairs line n with line n."""
+def _rows(name: str, lang: str, params: EvalParams, split: str) -> tuple[str, list[RawRow]]:
+    """The rows of a split in one language or direction, and before them what messages call the file or dataset; a direction pairs line n with line n."""
     read = _from_files if params.source == "files" else _from_hub
     if name not in TRANSLATION:
-        return read(name, lang, params)
-    (source_file, source), (target_file, target) = (read(name, side, params) for side in lang.split("-"))
+        return read(name, lang, params, split)
+    (source_file, source), (target_file, target) = (read(name, side, params, split) for side in lang.split("-"))
     if len(source) != len(target):
         counts = f"{len(target)} sentences, but {source_file} has {len(source)}"
         raise ParamsError(f"{target_file}: {counts}; the lines must be translations of each other")
@@ -347,8 +350,9 @@ BROKEN_SHARE = 0.01  # of the rows of a hub dataset
 def _items(name: str, lang: str, rows: list[RawRow]) -> tuple[list[Item], list[str]]:
     """The items of the rows, each with its `id` and its `row`, and what is wrong with the rows that give none."""
     source, items, broken, seen = SOURCES[name], [], [], set()
-    for n, row in enumerate(rows):
-        key = str(row.get(source.id, n))
+    keys = row_ids([{"id": row.get(source.id)} for row in rows])
+    for n, (row, key) in enumerate(zip(rows, keys)):
+        key = str(n) if key is None else key
         try:
             if key in seen:
                 raise BrokenRow(f"{source.id} = {reprlib.repr(key)} stands twice")
@@ -359,10 +363,17 @@ def _items(name: str, lang: str, rows: list[RawRow]) -> tuple[list[Item], list[s
     return items, broken
 
 # %% ../nbs/21_benchmark_items.ipynb #2586e861
+_ASKED = ("context", "question", "premise", "hypothesis", "story", "source")
+
+
+def asked_text(item: Item) -> str:
+    """What an item asks, without wording and choices."""
+    return " ".join(item[key] for key in _ASKED if key in item)
+
+
 def _check_languages(shown: str, items: list[Item], lang: str) -> None:
     """Refuse items that are not in the language asked for; a direction of translation has one on each side."""
-    asked = ("context", "question", "premise", "hypothesis", "story", "source")
-    sides = {lang.split("-")[0]: [" ".join(item[key] for key in asked if key in item) for item in items]}
+    sides = {lang.split("-")[0]: [asked_text(item) for item in items]}
     if "-" in lang:
         sides[lang.split("-")[1]] = [item["answers"][0] for item in items]
     for side, texts in sides.items():
@@ -377,19 +388,22 @@ def _drawn(items: list[Item], count: int | None) -> list[Item]:
     return [item for item in items if item["id"] in chosen]
 
 # %% ../nbs/21_benchmark_items.ipynb #9b9ef4c6
-def load_items(name: str, lang: str, params: EvalParams) -> list[Item]:
+def load_items(name: str, lang: str, params: EvalParams, split: str | None = None) -> list[Item]:
     """The items of a real benchmark in one language (or direction of translation), checked; `row` is each item's row as it was found.
 
-    Raises `ParamsError`, one line with file or dataset, row, field and remedy, for whatever is missing or broken.
+    Of the split that the study asks, as many as it asks; of another `split`, all. Raises `ParamsError`, one line with file or dataset, row, field
+    and remedy, for whatever is missing or broken.
     """
-    shown, rows = _rows(name, lang, params)
+    shown, rows = _rows(name, lang, params, split or chosen_split(name, params))
+    if not rows:
+        raise ParamsError(f"{shown}: holds no rows; get it again")
     items, broken = _items(name, lang, rows)
     if len(broken) > (0 if params.source == "files" else BROKEN_SHARE * len(rows)):
         raise ParamsError(f"{shown}: {broken[0]}; correct or remove that row")
     if broken:
         print(f"{shown}: {len(broken)} of {len(rows)} rows left out, the first because of {broken[0]}")
     _check_languages(shown, items, lang)
-    return _drawn(items, params.items)
+    return _drawn(items, None if split else params.items)
 
 # %% ../nbs/21_benchmark_items.ipynb #42f412e8
 def load_benchmark(name: str, lang: str, params: EvalParams) -> dict[str, list[Item]]:
@@ -406,6 +420,22 @@ def load_benchmark(name: str, lang: str, params: EvalParams) -> dict[str, list[I
         print(f"{BENCHMARKS[name].title} is not asked in English: {params.data_dir} has no file of it")
         return {}
 
+# %% ../nbs/21_benchmark_items.ipynb #d0af856f
+def load_shots(name: str, lang: str, params: EvalParams, items: list[Item]) -> tuple[str, list[Item]]:
+    """The split that examples come from and its items, without those that ask what one of `items` does; or "test", which stands for the asked split, and `items`.
+
+    Raises `ParamsError` where they are fewer than `num_fewshot` for one of `items`.
+    """
+    split, shots, asked = shots_split(name, lang, params), items, Counter(map(asked_text, items))
+    try:
+        shots = [shot for shot in load_items(name, lang, params, split) if asked_text(shot) not in asked] if split else items
+    except MissingFile:
+        print(f"{BENCHMARKS[name].title} in {lang!r}: {params.data_dir} has no file of {split}; examples in prompts are other items of the asked split")
+        split = None
+    if (left := len(shots) - (0 if split else max(asked.values()))) < params.num_fewshot:
+        raise ParamsError(f"evaluation.num_fewshot = {params.num_fewshot}: {name} in {lang!r} has only {left} examples beside what is asked; ask for fewer")
+    return split or "test", shots
+
 # %% ../nbs/21_benchmark_items.ipynb #add8dacd
 def check_benchmarks(params: EvalParams, langs: Sequence[str]) -> None:
     """Raise ParamsError, one line, at the first thing that an evaluation in these languages lacks: its wording, and its items in source "files"."""
@@ -415,4 +445,6 @@ def check_benchmarks(params: EvalParams, langs: Sequence[str]) -> None:
         for direction in directions(name, lang) if "dsft" in params.prompt else ():
             benchmark_wording(name, direction)
         if params.source == "files":
-            load_benchmark(name, lang, params)
+            for direction, items in load_benchmark(name, lang, params).items():
+                if params.num_fewshot:
+                    load_shots(name, direction, params, items)

@@ -4,22 +4,28 @@
 
 # %% auto #0
 __all__ = ['logger', 'LARGEST_TREE', 'TokenTree', 'pad_trees', 'Request', 'to_request', 'Row', 'to_rows', 'batches', 'targets',
-           'token_scores', 'score', 'SharedContextLM']
+           'token_scores', 'score', 'Once', 'SharedContextLM']
 
 # %% ../nbs/22_cached_lm.ipynb #0fd26cdf
 import logging
+import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
 from .backbone import LOGITS_PER_CHUNK, Backbone, UnsupportedArchitecture, find_backbone, one_pass_obstacle, packed_hidden_states
+from .data import begins_with_space, padded, prefix_ids, prompt_ids, text_ids
+from .files import ParamsError
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +148,31 @@ def score(backbone: Backbone, rows: Sequence[Row]) -> Iterator[tuple[Request, fl
     for request, its_log_p, its_greedy in zip(requests, log_p.split(lengths), greedy.split(lengths)):
         yield request, float(its_log_p.sum()), bool(its_greedy.all())
 
+# %% ../nbs/22_cached_lm.ipynb #243b3d50
+class Once(logging.Handler):
+    """Shows each remark of a library once, on stderr."""
+
+    def __init__(self, level: int = logging.WARNING):
+        super().__init__(level)
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a remark, or not."""
+        remark = record.getMessage()
+        if (kind := re.sub(r"\d+", "#", remark)) not in self.shown:
+            self.shown.add(kind)
+            print(f"{record.name.split('.')[0]}: {remark}", file=sys.stderr)
+
+
+if not logging.getLogger("lm_eval").handlers:  # who has set up its log sees it there
+    logging.getLogger("lm_eval").addHandler(Once())
+
 # %% ../nbs/22_cached_lm.ipynb #49eb23a6
 class SharedContextLM(HFLM):
-    """lm-eval's HFLM, which takes the same arguments; choices that have a context in common read it once."""
+    """lm-eval's HFLM, which takes the same arguments, with the token ids of training; choices that have a context in common read it once.
+
+    `add_bos_token=False` leaves out what the tokenizer puts in front of a text, `prefix_token_id` is read in the place of an empty context.
+    """
 
     def _obstacle(self) -> str | None:
         """Why HFLM must read, or None."""
@@ -160,6 +188,56 @@ class SharedContextLM(HFLM):
         longest = max(requests, key=lambda request: len(request.read))
         size = self.batch_size if self.batch_size != "auto" else given or self._detect_batch_size([("", longest.read, longest.scored[-1:])])
         return size * len(longest.read)
+
+    def _contexts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of contexts, none of them empty."""
+        start = [self.prefix_token_id]
+        if self.add_bos_token is False:
+            return [ids or start for ids in text_ids(self.tokenizer, texts)]
+        found = prompt_ids(self.tokenizer, texts)
+        return [start if self.custom_prefix_token_id is not None and not text else ids for text, ids in zip(texts, found)]
+
+    @cached_property
+    def _begins_with_space(self) -> bool:
+        return begins_with_space(self.tokenizer)
+
+    def _choices(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of choices; a space in front of one is that which the tokenizer puts there by itself, if it does."""
+        return text_ids(self.tokenizer, [text.removeprefix(" ") for text in texts] if self._begins_with_space else texts)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any) -> list[int]:
+        """The token ids of a text, with what the tokenizer puts in front of it unless `add_special_tokens`, or else `add_bos_token`, is False."""
+        if self.backend != "causal":
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        with_prefix = add_special_tokens if add_special_tokens is not None else self.add_bos_token is not False
+        ids = (prefix_ids(self.tokenizer) if with_prefix else []) + text_ids(self.tokenizer, [string])[0]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: Literal["left", "right"] = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The token ids of contexts and their mask, [B, T] each; of each the last `left_truncate_len` tokens."""
+        if self.backend != "causal":
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        rows = [ids[: self.tokenizer.model_max_length] if truncation else ids for ids in self._contexts(strings)]
+        return padded([ids[-left_truncate_len:] if left_truncate_len else ids for ids in rows], self.tokenizer.pad_token_id, padding_side)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if self.backend != "causal":
+            return super()._encode_pair(context, continuation)
+        return self._contexts([context])[0], self._choices([continuation])[0]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each request, a context and a choice, the log-likelihood of the choice and whether greedy generation would have given it."""
+        if self.backend != "causal" or self.enable_thinking:  # of which HFLM says that it cannot be
+            return super().loglikelihood(requests, disable_tqdm)
+        texts = [request.args for request in requests]
+        contexts, choices = self._contexts([context for context, _ in texts]), self._choices([choice for _, choice in texts])
+        return self._loglikelihood_tokens(list(zip(texts, contexts, choices)), disable_tqdm=disable_tqdm)
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
+        """Refused: a chat template spells out special tokens, and what is spelled out is text here."""
+        raise ParamsError("hf-shared-context: asks as in training, without a chat template; use lm-eval's own hf for that")
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None

@@ -12,17 +12,16 @@ from pathlib import Path
 
 import regex
 
-from .files import ParamsError, project_root
+from .files import ParamsError, project_root, read_lines
 from .languages import is_unspaced
 
 # %% ../nbs/18_code_switching.ipynb #7c630ea8
 def text_lines(file: Path, field: str) -> list[str]:
-    """The lines of a text file in UTF-8, without the last one if it is empty. `field` is the study's field that names the file, for messages."""
+    """The lines of a text file, see `dsft.files.read_lines`. `field` is the study's field that names the file, for messages."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        return read_lines(file)
     except UnicodeDecodeError as error:
         raise ParamsError(f"{field} = {str(file)!r}: not UTF-8 (byte {error.start}); convert it with iconv") from None
-    return lines if lines[-1] else lines[:-1]
 
 # %% ../nbs/18_code_switching.ipynb #ad8f66c1
 def read_dictionary(path: str, field: str) -> dict[str, str]:
@@ -32,11 +31,13 @@ def read_dictionary(path: str, field: str) -> dict[str, str]:
         raise ParamsError(f"{field} = {path!r}: no such file; give an English and a target word a line, as in MUSE's dictionaries")
     words: dict[str, str] = {}
     for number, line in enumerate(text_lines(file, field), 1):
-        parts = line.split("\t") if "\t" in line else line.split()
+        parts = line.split("\t") if "\t" in line else line.strip(" ").split(" ")
         if line.strip() and len(parts) != 2:
             raise ParamsError(f"{path}: line {number}: {line[:60]!r} is not an English and a target word; separate the two by a tab or a space")
         if line.strip():
             words.setdefault(parts[0].strip().lower(), parts[1].strip())
+    if not words:
+        raise ParamsError(f"{field} = {path!r}: holds no words; get the file again")
     return words
 
 # %% ../nbs/18_code_switching.ipynb #b18744ac

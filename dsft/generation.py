@@ -16,6 +16,7 @@ from pydantic import PositiveInt
 from tqdm.std import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .data import padded, prompt_ids
 from .files import ParamsError, digest, exclusive, from_hub, json_digest, write_jsonl
 from .methods import Part
 from .prompts import TEMPLATES
@@ -54,16 +55,13 @@ def resumable_map(file: Path, prompts: list[str], answer: Callable[[list[str]], 
 def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], stop: str, max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch of prompts, cut at `stop`."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = tokenizer(prompts)["input_ids"]
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    ids, mask = (t.to(model.device) for t in padded(prompt_ids(tokenizer, prompts), pad, "left"))
     with torch.inference_mode():
         said = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id, stop_strings=[stop], tokenizer=tokenizer,
         )  # fmt: skip
-    return [text.split(stop)[0].strip() for text in tokenizer.batch_decode(said[:, width:], skip_special_tokens=True)]
+    return [text.split(stop)[0].strip() for text in tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)]
 
 # %% ../nbs/17_generation.ipynb #22056bdb
 def load_base(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -95,7 +93,7 @@ class TranslatorOptions(Part):
 # %% ../nbs/17_generation.ipynb #9d851d5e
 def _load_translator(options: TranslatorOptions, lang: str, field: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, int]]:
     """The translation model into `lang`, its tokenizer, and what its generation is told beside."""
-    name, codes = options.translator.format(lang=lang), options.translator_codes
+    name, codes = options.translator.replace("{lang}", lang), options.translator_codes
     if codes and not {"en", lang} <= codes.keys():
         raise ParamsError(f"{field}.translator_codes = {codes!r}: has no code for en and {lang}; add both")
     with from_hub(name, "model", f"{field}.translator"):
@@ -117,13 +115,14 @@ def translator(options: TranslatorOptions, study: Study, lang: str, field: str) 
     model, tokenizer, forced = _load_translator(options, lang, field)
 
     def translate(texts: list[str]) -> list[str]:
-        batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, return_token_type_ids=False).to(model.device)
+        options = {"padding": True, "truncation": True, "split_special_tokens": True, "return_token_type_ids": False}
+        batch = tokenizer(texts, return_tensors="pt", **options).to(model.device)
         with torch.inference_mode():
             said = model.generate(**batch, max_new_tokens=options.max_new_tokens, do_sample=False, **forced)
         return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
 
     def translate_once(texts: list[str]) -> list[str]:
-        known = [options.translator.format(lang=lang), options.translator_codes, texts, options.max_new_tokens]
+        known = [options.translator.replace("{lang}", lang), options.translator_codes, texts, options.max_new_tokens]
         key = json_digest(known)[:8]
         return resumable_map(study.folder(f"translations-{lang}-{key}.jsonl"), texts, translate, options.batch_size, f"into {lang}")
 

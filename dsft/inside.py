@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone, hidden_states
+from .data import prompt_ids, text_ids
 from .files import read_rows
 from .metrics import BENCHMARKS
 from .study import Study
@@ -124,8 +125,8 @@ class Question(NamedTuple):
 
 def tokenize_question(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], longest: int) -> Question:
     """`row` has `prompt` and `answers`; of the prompt the last `longest` tokens are kept."""
-    answer = tokenizer(row["answers"][0], add_special_tokens=False)["input_ids"]
-    return Question(tokenizer(row["prompt"])["input_ids"][-longest:], answer[0])
+    (prompt,), (answer,) = prompt_ids(tokenizer, [row["prompt"]]), text_ids(tokenizer, row["answers"][:1])
+    return Question(prompt[-longest:], answer[0])
 
 # %% ../nbs/16_inside.ipynb #fd90ccf2
 def language_curves(model: nn.Module, questions: Sequence[dict[str, Question]]) -> dict[str, np.ndarray]:

@@ -157,7 +157,7 @@ class EvalParams(Part):
     splits: dict[BenchmarkName, str] = {}  # the split of a benchmark, where it is not its usual one (dsft.benchmark_items)
     prompt: tuple[Literal["dsft", "harness"], ...] = ("dsft",)  # asked as in training, or with lm-eval's own prompts, or both
     items: PositiveInt | None = None  # items a benchmark and language; default: all that the source has (microcosm: 500)
-    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    num_fewshot: Annotated[int, Field(ge=0)] = 0  # examples in a prompt: of another split where the benchmark has one, never the asked item
     batch_size: PositiveInt | Literal["auto"] = 64
     max_new_tokens: PositiveInt = 32  # how long a generated answer may become
     max_translation_tokens: PositiveInt = 256  # and a translation

@@ -58,7 +58,7 @@ def rows(name, change):
     def do(folder):
         items = json.loads((folder / name).read_text(encoding="utf-8"))
         items = change(items) or items
-        (folder / name).write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+        (folder / name).write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8", errors="backslashreplace")
 
     return do
 
@@ -110,9 +110,11 @@ BAD = [
     ("UTF-16", raw("zh.json", lambda b: b.decode().encode("utf-16")), "zh.json: not UTF-8 (UTF-16|iconv"),
     ("zero bytes", raw("zh.json", lambda b: b + b"\0" * 9), "zh.json: not UTF-8 (UTF-16, or zero bytes)|convert"),
     ("empty file", raw("zh.json", lambda b: b""), "zh.json: the file is empty|fetch it again"),
-    ("empty list", raw("zh.json", lambda b: b"[]"), "zh.json: not readable as json|fetch the file again"),
+    ("empty list", raw("zh.json", lambda b: b"[]"), "zh.json: no rows|fetch it again"),
     ("an object, not a list", raw("zh.json", lambda b: b'{"zh": 1}'), "zh.json: no field for instruction|a list of objects"),
-    ("a list of numbers", raw("zh.json", lambda b: b"[1, 2, 3]"), "zh.json: no field for instruction|a list of objects"),
+    ("a list of numbers", raw("zh.json", lambda b: b"[1, 2, 3]"), "zh.json: row 1 is int|a list of objects"),
+    ("one row that is none", rows("zh.json", lambda items: items[:3] + [["a"]] + items[4:]), "zh.json: row 4 is list|a list of objects"),
+    ("nested without end", raw("zh.json", lambda b: b"[" * 100_000), "zh.json: not readable as json: line 1|nested too deep"),
     ("a web page", raw("zh.json", lambda b: b"<!DOCTYPE html><html>"), "zh.json: a web page, not JSON|fetch the file itself"),
     ("a Git LFS pointer", raw("zh.json", lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0"), "zh.json: only a Git LFS pointer|git lfs pull"),
     ("missing file", moved("zh.json", "elsewhere.json"), "data.files.zh = '|zh.json': no such file|relative to the project"),
@@ -132,6 +134,9 @@ BAD = [
     ("an object for the input", row("zh.json", 6, input={"a": 1}), "zh.json: input is not text (first: row 7)", {"max_dropped": 0}),
     ("100,000 characters", row("zh.json", 6, output="等" * 100_000), "zh.json: output has more than 20000 characters (first: row 7)", {"max_dropped": 0}),
     ("decoded wrongly before", row("zh.json", 6, output="等\ufffd于"), "zh.json: output was decoded wrongly (it holds U+FFFD) (first: row 7)", {"max_dropped": 0}),
+    ("half a surrogate pair", row("zh.json", 6, output="等于十二 \ud83d"), "zh.json: output is no valid Unicode (it holds half of a surrogate pair) (first: row 7)", {"max_dropped": 0}),
+    ("a zero-width answer", row("zh.json", 6, output="\u200b\ufeff"), "zh.json: output is empty (first: row 7)", {"max_dropped": 0}),
+    ("no row is left", rows("zh.json", lambda items: [r.update(output="\u3000") for r in items] and items), "zh.json: 20 of 20 rows unusable and no example is left: 20 x|output is empty|mend these rows", {"max_dropped": 1.0}),
     ("missing id", without("zh.json", 6, "id"), "zh.json: id is missing (first: row 7)", {"max_dropped": 0}),
     ("duplicate id", row("zh.json", 6, id=5), "zh.json: id stands twice (first: row 6)", {"max_dropped": 0}),
     ("one row fewer, by id", rows("zh.json", lambda items: items[1:]), "en.json: no partner in|zh.json (first: row 1)", {"max_dropped": 0}),
@@ -160,6 +165,8 @@ BAD = [
     ("SDRRL's translations missing", moved("translations.jsonl", "x"), "sdrrl.translations.zh = |no such file"),
     ("a word without translation", raw("dictionary.txt", lambda b: b + b"three\n"), "dictionary.txt: line 3: 'three' is not an English and a target word|separate the two"),
     ("a dictionary in another encoding", raw("dictionary.txt", lambda b: b.decode().encode("gb18030")), "sdrrl.dictionaries.zh|not UTF-8|iconv"),
+    ("a dictionary without words", raw("dictionary.txt", lambda b: b"\n\n"), "sdrrl.dictionaries.zh = |dictionary.txt': holds no words"),
+    ("a translation that is half a character", raw("translations.jsonl", lambda b: b + b'{"en": "No.", "translation": "\\ud83d"}\n'), "translations.jsonl: line 2: not a JSON object with text"),
     ("a translation without its text", raw("translations.jsonl", lambda b: b + b'{"en": "No."}\n'), 'translations.jsonl: line 2: not a JSON object with text in "en" and "translation"|mend'),
     ("no way to translate", study("recipes.sdrrl", translations={}), "sdrrl.translator: none|name a translation model"),
     ("sentences that are not aligned", study("recipes.sdrrl", sentences={"zh": ["FOLDER/sentences.en", "FOLDER/sentences.zh"]}), "sentences.en has 2 lines and|sentences.zh 1|aligned by line"),
@@ -227,8 +234,13 @@ def test_at_least_forty_kinds():
         (raw("zh.json", lambda b: b.replace(b"}, ", b"},\r\n")), None),
         (rows("zh.json", lambda items: [item.pop("input") and None for item in items] and items), None),
         (rows("zh.json", lambda items: [item.update(id=str(item["id"]), comment="x") for item in items] and items[::-1]), None),
+        (rows("zh.json", lambda items: [item.update(id=float(item["id"])) for item in items] and items), None),
+        (rows("zh.json", lambda items: [item.update(id=f"{item['id']}.0") for item in items] and items), None),
+        (raw("zh.json", lambda b: "\n".join(json.dumps(item) for item in json.loads(b)).encode()), None),
+        (rows("zh.json", lambda items: [item.update(input=(None, " ", "\u3000", float("nan"))[n % 4]) for n, item in enumerate(items)] and items), None),
+        (rows("zh.json", lambda items: [item.update(input="<noinput>" if n < 3 else "") for n, item in enumerate(items)] and items), "3 of 20 rows hold a placeholder for no text, such as <noinput>"),
     ],
-    ids=["byte-order mark", "Windows line ends", "no input at all", "ids as text, another order, more fields"],
+    ids=["byte-order mark", "Windows line ends", "no input at all", "ids as text, another order, more fields", "ids as fractions", "ids as fractions in text", "a row a line", "blank inputs", "placeholders"],
 )
 def test_what_does_no_harm_is_read(good, tmp_path, change, said):
     """It is mended, not refused; what was mended is in the report."""

@@ -112,6 +112,73 @@ def test_taco_sets_bring_their_own_english(tmp_path):
     assert load_parallel(DataParams(source="files", files={"en": table}), "en")["y_tgt"][:] == [row["output"] for row in ENGLISH]
 
 
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+@pytest.mark.parametrize("folder", ["data[1]", "a*b?", "{x}", "id=5", "with space"])
+def test_a_path_is_a_path_and_no_pattern(tmp_path, folder, kind):
+    (tmp_path / folder).mkdir()
+    assert load_parallel(asked(tmp_path / folder, kind=kind), "vi")["y_tgt"][:] == [row["output"] for row in VIETNAMESE]
+
+
+def test_values_of_several_types_in_a_field_are_read(tmp_path):
+    """Nulls before text (datasets takes the type of a column from the first ten megabytes), ids as text and as numbers, fields that a few rows have."""
+    mixed = [row | {"id": n if n % 2 else str(n), "input": None if n < 15 else "thêm", "note": [n] if n == 3 else "x"} for n, row in enumerate(VIETNAMESE)]
+    rows = load_parallel(asked(tmp_path, en=[row | {"id": n} for n, row in enumerate(ENGLISH)], vi=mixed[:3] + [mixed[3] | {"more": 1}] + mixed[4:], kind="jsonl"), "vi")
+    assert len(rows) == 20 and ["### Input:\nthêm" in row["x_tgt"] for row in rows] == [False] * 15 + [True] * 5
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    rows = load_parallel(asked(tmp_path), "vi")  # needs no cache
+    monkeypatch.setattr(dsft_data, "LARGE", 10)
+    with pytest.raises(ParamsError, match="file/cache cannot be written .*let HF_DATASETS_CACHE .* name a folder that can"):
+        tokenize(rows, transformers.AutoTokenizer.from_pretrained(ROOT / "models" / "micro-llama"), 300)
+    with pytest.raises(ParamsError, match="data.files.vi = 'x/y': the cache .* cannot be written"), from_hub("x/y", "dataset", "data.files.vi"):
+        (tmp_path / "file" / "cache").mkdir(parents=True)
+
+
+# ---- ids
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+@pytest.mark.parametrize("gap", [None, float("nan")])
+def test_ids_that_a_gap_made_fractions_are_the_same_ids(tmp_path, kind, gap):
+    vietnamese = [row | {"id": gap if n == 5 else float(n)} for n, row in enumerate(VIETNAMESE)]
+    files = {"en": written(tmp_path, "en.json", [row | {"id": n} for n, row in enumerate(ENGLISH)]), "vi": written(tmp_path, f"vi.{kind}", vietnamese)}
+    rows, report = parallel_rows(DataParams(source="files", files=files, max_dropped=0.2), "vi")
+    assert rows["id"][:] == [str(n) for n in range(20) if n != 5] and rows["y_tgt"][3] == VIETNAMESE[3]["output"]
+    assert [d["reason"].split(": ")[1].split(" in ")[0] for d in report["dropped"]] == ["id is missing", "no partner"]
+
+
+def test_no_id_at_all_is_no_id_however_it_is_written(tmp_path):
+    _, report = parallel_rows(asked(tmp_path, en=[row | {"id": None} for row in ENGLISH], vi=[row | {"id": float("nan")} for row in VIETNAMESE]), "vi")
+    assert report["join"] == "position" and report["examples"] == 20
+
+
+# ---- lines
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"])
+def test_only_a_newline_ends_a_line_of_any_file(tmp_path, inside):
+    from dsft import benchmark_items
+    from dsft.code_switching import read_dictionary
+    from dsft.files import read_lines
+    from dsft.recipes.sdrrl import _aligned_sentences, _read_translations
+
+    text = f"ice{inside}cream"
+    for end in ("\n", "\r\n"):
+        file, other = tmp_path / "file", tmp_path / "other"
+        file.write_bytes(f"{text}{end}two{end}".encode())
+        other.write_bytes(f"kem{end}hai{inside}đó{end}".encode())
+        assert read_lines(file) == [text, "two"]
+        assert _aligned_sentences((str(file), str(other)), "vi") == [(text, "kem"), ("two", f"hai{inside}đó")]
+        file.write_bytes(f"{text}\tkem{end}two\thai{end}".encode())
+        assert read_dictionary(str(file), "") == {text: "kem", "two": "hai"}
+        file.write_bytes((json.dumps({"en": "Yes.", "translation": text}, ensure_ascii=inside == "\r" or inside < " ") + end).encode())
+        assert _read_translations(str(file), "vi") == {"Yes.": text}
+        assert benchmark_items.read_lines(f"{text}{end}two{end}") == [{"text": text}, {"text": "two"}]
+        assert benchmark_items.read_tsv(f"{text}\t1{end}two\t2{end}", ("a", "b")) == [{"a": text, "b": "1"}, {"a": "two", "b": "2"}]
+        assert benchmark_items.read_json(json.dumps({"a": text}) + end + json.dumps({"a": 2})) == [{"a": text}, {"a": 2}]
+    vietnamese = [row | {"output": f"{row['output']}{inside}!"} for row in VIETNAMESE]
+    assert load_parallel(asked(tmp_path, vi=vietnamese, kind="jsonl"), "vi")["y_tgt"][:] == [row["output"] for row in vietnamese]
+
+
 def test_any_language_code_is_taken_and_an_unknown_script_said(tmp_path):
     rows, report = parallel_rows(asked(tmp_path, files={"en": written(tmp_path, "e.json", ENGLISH), "qaa-Test": written(tmp_path, "q.json", VIETNAMESE)}), "qaa-Test")
     assert len(rows) == 20 and report["tables"]["qaa-Test"]["language"].startswith("not checked")
@@ -153,8 +220,32 @@ def test_the_run_stops_above_the_set_share(tmp_path_factory, broken, limit):
     if len(broken) > limit * 20:
         with pytest.raises(ParamsError, match=f"{len(broken)} of 20 rows unusable"):
             load_parallel(data, "vi")
-    elif len(broken) < 20:
+    elif len(broken) == 20:
+        with pytest.raises(ParamsError, match="20 of 20 rows unusable and no example is left"):
+            load_parallel(data, "vi")
+    else:
         assert len(load_parallel(data, "vi")) == 20 - len(broken)
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "\t", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u2028", "\u2060 \u00ad", None])
+def test_a_blank_input_is_no_input(tmp_path, blank):
+    rows = load_parallel(asked(tmp_path, vi=[row | {"input": blank} for row in VIETNAMESE]), "vi")
+    assert rows["x_tgt"][:] == [TEMPLATES["alpaca"].prompt(row["instruction"]) for row in VIETNAMESE]
+    assert not any("### Input:" in row["x_tgt"] + row["x_en"] for row in rows)
+    assert TEMPLATES["plain"].prompt("Đi.", blank or "") == "Đi.\n"
+
+
+def test_what_is_left_over_in_a_table_is_counted(tmp_path):
+    vietnamese = [row | {"input": "<noinput>" if n < 4 else "", "output": row["output"] + (" &quot;đó&#39; AT&T; &nope;" if n > 16 else "")} for n, row in enumerate(VIETNAMESE)]
+    vietnamese[0]["output"] = "<nooutput> đấy"
+    rows, report = parallel_rows(asked(tmp_path, vi=vietnamese), "vi")
+    assert len(rows) == 20 and report["tables"]["en"]["notes"] == []
+    assert report["tables"]["vi"]["notes"] == ["4 of 20 rows hold a placeholder for no text, such as <noinput>", "3 of 20 rows hold an entity of HTML, such as &quot;"]
+
+
+def test_no_row_to_train_on_is_one_line(tokenizer):
+    with pytest.raises(ParamsError, match="no row to train on"):
+        tokenize(Dataset.from_list([]), tokenizer, 99)
 
 
 # ---- tokens

@@ -3,9 +3,11 @@
 import gzip
 import itertools
 import json
+import logging
 import math
 import os
 import random
+import re
 import stat
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from dsft import benchmark_items, metrics, tasks
 from dsft.benchmark_items import SOURCES, check_benchmarks, load_items
 from dsft.checks import check
-from dsft.files import ParamsError
+from dsft.files import ParamsError, read_rows
 from dsft.metrics import BENCHMARKS
 from dsft.prompts import TEMPLATES, WORDING
 from dsft.study import EvalParams, load_study
@@ -233,11 +235,14 @@ def change(rows, n, **fields):
 
 BROKEN = [
     ("truncated JSON", "xquad", lambda s: s[: len(s) // 2], "xquad.zh.json: not readable as JSON"),
-    ("truncated JSON lines", "xcopa", lambda s: s[:-20], "test.zh.jsonl: row 1: not readable as JSON"),
+    ("truncated JSON lines", "xcopa", lambda s: s[:-20], "test.zh.jsonl: not readable as JSON: line 2, column"),
     ("not UTF-8", "xnli", lambda s: s.encode("gb18030"), "dev-zh.tsv: not in UTF-8"),
     ("byte order mark", "xnli", lambda s: "\ufeff" + s, "byte order mark"),
     ("empty file", "xcopa", lambda s: "", "at least one"),
-    ("an object for the list", "mmlu", lambda s: '{"data": []}', "must hold a list of objects"),
+    ("an object for the list", "mmlu", lambda s: '{"data": []}', "row 0: option_a is missing"),
+    ("a list of texts", "mmlu", lambda s: '["A", "B"]', "must hold a list of objects"),
+    ("half a surrogate pair", "xquad", lambda s: s.replace("谁养了猫", "谁养了 \\ud83d"), "question = '\\u8c01\\u517b\\u4e86 \\ud83d"),
+    ("zero-width text", "mlqa", lambda s: text(squad([qa(0, "\u200b", "猫")])), "question = "),
     ("SQuAD without qas", "xquad", lambda s: s.replace('"qas"', '"questions"'), "not in SQuAD's format"),
     ("answers null", "xquad", lambda s: text(squad([QAS[0] | {"answers": None}])), "not in SQuAD's format"),
     ("no answers", "xquad", lambda s: text(squad([QAS[0], QAS[1] | {"answers": []}])), "row 1: answers = []: must be a list of texts"),
@@ -420,10 +425,9 @@ def small():
 
 
 def likelihood(model, tokenizer, prompt: str, answer: str) -> float:
-    """log P(answer | prompt), token by token, without lm-eval, which counts white space at the end of a prompt to the answer."""
-    start = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-    x = start + tokenizer(prompt.rstrip(), add_special_tokens=False)["input_ids"]
-    ids = start + tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+    """log P(answer | prompt), token by token, without lm-eval."""
+    x = [tokenizer.bos_token_id] + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = x + tokenizer(answer, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return sum(logits[t - 1, ids[t]].item() for t in range(len(x), len(ids)))
@@ -495,22 +499,118 @@ def test_a_choice_longer_than_the_model_is_one_line(data_dir, tmp_path, small):
         tasks.evaluate(*small, study_on(data_dir, tmp_path, "xcopa"), ("zh",))
 
 
-def test_few_shot_examples_stand_before_the_question(data_dir, tmp_path, small, monkeypatch):
-    asked_for = []
-    run = tasks.simple_evaluate
+# ---- examples in the prompt
+OTHER = {"mlqa": ("test", "dev"), "xnli": ("test", "dev"), "xcopa": ("test", "val"), "xstorycloze": ("eval", "train"), "mmlu": ("test", "dev"), "flores": ("devtest", "dev")}
+
+
+def numbered(name: str, numbers: list[int]) -> str:
+    """A file of a benchmark whose items have a number, 〔n〕, in what they ask; an item that stands there twice has two ids."""
+    story = "\t".join(benchmark_items.STORY_HEADER) + "\n"
+    return {
+        "xquad": lambda: text(squad([qa(f"{k}-{n}", f"〔{n}〕谁来了？", "小李") for k, n in enumerate(numbers)])),
+        "mlqa": lambda: text(squad([qa(f"{k}-{n}", f"〔{n}〕谁来了？", "小李") for k, n in enumerate(numbers)])),
+        "mkqa": lambda: lines(MKQA[0] | {"example_id": k, "queries": {"zh_cn": f"〔{n}〕有多大"}} for k, n in enumerate(numbers)),
+        "truthfulqa": lambda: text([TRUTHFUL[0] | {"question": f"〔{n}〕是什么？"} for n in numbers]),
+        "xnli": lambda: "".join(f"他在〔{n}〕号睡觉。\t他醒着。\tcontradiction\n" for n in numbers),
+        "xcopa": lambda: lines(XCOPA[n % 2] | {"premise": f"〔{n}〕号街上很湿。", "idx": k} for k, n in enumerate(numbers)),
+        "xstorycloze": lambda: story + "".join(f"{k}\t〔{n}〕号来了。\t他饿了。\t他找饭。\t他吃饭。\t他饱了。\t他走了。\t1\n" for k, n in enumerate(numbers)),
+        "mmlu": lambda: text([MMLU[n % 2] | {"instruction": f"〔{n}〕是什么？", "id": f"{k}"} for k, n in enumerate(numbers)]),
+        "flores": lambda: "".join(f"第〔{n}〕号博物馆早上九点开门。\n" for n in numbers),
+    }[name]()  # fmt: skip
+
+
+def shot_files(folder: Path, name: str) -> None:
+    """Nine items to ask, one of them twice, and where there is another split, nine others and two that are asked."""
+    for split, numbers in zip(OTHER.get(name, (next(iter(SOURCES[name].splits)),)), ([*range(8), 0], [*range(100, 109), 3, 5])):
+        for lang, code in (("zh", "zho_Hans"), *([("en", "eng_Latn")] if name == "flores" else [])):
+            path = folder / name / SOURCES[name].files[0].format(lang=lang, code=code, split=split)
+            path.parent.mkdir(exist_ok=True)
+            content = numbered(name, numbers) if lang == "zh" else "".join(f"Museum 〔{n}〕 opens at nine in the morning.\n" for n in numbers)
+            path.write_text(content, encoding="utf-8")
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize(("name", "prompt"), [*((name, "dsft") for name in BENCHMARKS), *((name, "harness") for name in tasks.HARNESS)])
+def test_no_prompt_holds_the_item_that_it_asks(data_dir, tmp_path, name, prompt, k):
+    """Over all items, by lm-eval's own prompts with k examples; what is asked stands there once or, of XNLI in lm-eval's way, only in the choices."""
+    shot_files(data_dir, name)
+    written = tasks.write_tasks(study_on(data_dir, tmp_path, name, prompt=(prompt,), num_fewshot=k, splits={}), "zh")
+    for task in written:
+        loaded = TaskManager(include_path=str(task.folder), include_defaults=False).load([task.name])["tasks"][task.name]
+        assert loaded.config.fewshot_split == (OTHER[name][1] if name in OTHER else "test")
+        loaded.set_fewshot_seed(1234)
+        docs, number = list(loaded.test_docs()), re.compile(r"〔(\d+)〕")
+        said = 2 if name == "flores" else 1  # its answer has the number as well
+        assert len(docs) == 9
+        for doc in docs * 3:
+            (own,) = set(number.findall(doc["asked"]))
+            alone, found = (number.findall(loaded.fewshot_context(doc, num_fewshot=shots)) for shots in (0, k))
+            assert found.count(own) == alone.count(own) <= 1
+            assert len(found) - len(alone) == said * k and (name not in OTHER or all(int(n) >= 100 for n in found if n != own))
+
+
+def test_where_the_other_split_is_not_there_the_asked_one_is_drawn_from(data_dir, tmp_path, capsys):
+    study = study_on(data_dir, tmp_path, "xstorycloze", num_fewshot=3)
+    (task,) = tasks.write_tasks(study, "zh")
+    assert task.splits == ("test",)
+    assert "XStoryCloze in 'zh': " in (said := capsys.readouterr().out) and "has no file of train; examples in prompts are other items of the asked split" in said
+
+
+@pytest.mark.parametrize("name", ["xstorycloze", "mlqa"])
+def test_too_few_examples_are_told_before_a_study(data_dir, name):
+    with pytest.raises(ParamsError, match=rf"evaluation.num_fewshot = 9: {name} in 'zh' has only \d examples beside what is asked; ask for fewer"):
+        check_benchmarks(asked(data_dir, name, num_fewshot=9), ("zh",))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_microcosm_takes_its_examples_from_other_meanings(tmp_path, name):
+    study = load_study("smoke")
+    study = study.model_copy(update={"runs": str(tmp_path), "evaluation": study.evaluation.model_copy(update={"benchmarks": (name,), "num_fewshot": 5, "items": 60})})
+    for task in tasks.write_tasks(study, "zh"):
+        assert task.splits == ("test", "dev")
+        shots = read_rows(task.files["dev"])
+        assert len(shots) >= 5 and {row["asked"] for row in shots}.isdisjoint(row["asked"] for row in task.rows)
+
+
+def spied_on(monkeypatch) -> list[dict]:
+    """What lm-eval logs of all items that it will be asked."""
+    logged, run = [], tasks.simple_evaluate
 
     def listening(*arguments, **options):
         results = run(*arguments, **options)
-        asked_for.extend(s["arguments"][0][0] for s in results["samples"]["xcopa_zh"])
+        logged.extend(sample for samples in results["samples"].values() for sample in samples)
         return results
 
     monkeypatch.setattr(tasks, "simple_evaluate", listening)
+    return logged
+
+
+def test_few_shot_examples_stand_before_the_question(data_dir, tmp_path, small, monkeypatch):
+    logged = spied_on(monkeypatch)
     study = study_on(data_dir, tmp_path, "xcopa", num_fewshot=1)
     tasks.evaluate(*small, study, ("zh",))
     rows = tasks.write_tasks(study, "zh")[0].rows
-    assert asked_for[0] == rows[1]["prompt"] + rows[1]["choices"][1] + "\n\n" + rows[0]["prompt"]
+    assert logged[0]["arguments"][0][0] == rows[1]["prompt"] + rows[1]["choices"][1] + "\n\n" + rows[0]["prompt"]
 
 
+def test_no_question_of_the_microcosm_is_answered_in_its_own_prompt(tmp_path, small, monkeypatch):
+    logged = spied_on(monkeypatch)
+    study = load_study("smoke")
+    changes = {"benchmarks": ("xcopa", "xquad"), "num_fewshot": 5, "items": 40, "max_new_tokens": 2}
+    study = study.model_copy(update={"runs": str(tmp_path), "evaluation": study.evaluation.model_copy(update=changes)})
+    tasks.evaluate(*small, study, ("zh",))
+    assert len(logged) == 80 and all(sample["arguments"][0][0].count(sample["doc"]["asked"]) == 1 for sample in logged)
+
+
+def test_what_lm_eval_warns_of_is_shown_once(data_dir, tmp_path, small, capsys):
+    for _ in range(2):
+        tasks.evaluate(*small, study_on(data_dir, tmp_path, "xcopa"), ("zh",))
+        for length in (600, 700):
+            logging.getLogger("lm_eval.models.huggingface").warning("A remark on %s tokens, known to this test only", length)
+    assert capsys.readouterr().err.count("known to this test only") == 1
+
+
+# ---- other backends
 def test_other_backends_by_name(data_dir, tmp_path, small):
     model, tokenizer = small
     model.save_pretrained(tmp_path / "model")
@@ -520,9 +620,13 @@ def test_other_backends_by_name(data_dir, tmp_path, small):
     changes = {"backend": "huggingface", "device": "cpu", "batch_size": 1, "backend_args": {"max_length": 512}, "max_new_tokens": 4}
     by_name = tasks.evaluate(str(tmp_path / "model"), tokenizer, study_on(data_dir, tmp_path, *names, **changes), ("zh",))
     assert by_name[0] == in_memory[0]
+    changes = {"backend": "hf", "batch_size": 4, "max_new_tokens": 4}  # on the GPU if there is one, else on the CPU
+    assert tasks.evaluate(tmp_path / "model", tokenizer, study_on(data_dir, tmp_path, *names, **changes), ("zh",))[0] == in_memory[0]
     assert [s["prediction"] for s in by_name[1]] == [s["prediction"] for s in in_memory[1]]
     with pytest.raises(ParamsError, match="evaluation.backend = 'vlm': lm-eval cannot start it"):
         tasks.evaluate(str(tmp_path / "model"), tokenizer, study_on(data_dir, tmp_path, "xcopa", backend="vlm"), ("zh",))
+    with pytest.raises(ParamsError, match="evaluation.backend = 'hf': lm-eval cannot start it on .*nowhere"):
+        tasks.evaluate(str(tmp_path / "nowhere"), tokenizer, study_on(data_dir, tmp_path, "xcopa"), ("zh",))
 
 
 # ---- translation
@@ -632,8 +736,9 @@ def test_comet_by_its_program(tmp_path, monkeypatch):
 
 # ---- tokens
 def test_with_a_tokenizer_that_begins_with_a_space_choices_have_the_tokens_of_training(data_dir, tmp_path, monkeypatch):
-    from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, models, normalizers
+
+    from dsft.cached_lm import SharedContextLM
 
     template = TEMPLATES["alpaca"]
     (task,) = tasks.write_tasks(with_alpaca(study_on(data_dir, tmp_path, "xcopa")), "zh")
@@ -645,11 +750,12 @@ def test_with_a_tokenizer_that_begins_with_a_space_choices_have_the_tokens_of_tr
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(letters) + 1, **size)).eval()
     pairs = []
-    encode = HFLM._encode_pair
-    monkeypatch.setattr(HFLM, "_encode_pair", lambda self, *pair: pairs.append((pair, encode(self, *pair))) or pairs[-1][1])
+    score = SharedContextLM._loglikelihood_tokens
+    monkeypatch.setattr(SharedContextLM, "_loglikelihood_tokens", lambda self, requests, **options: pairs.extend(requests) or score(self, requests, **options))
     assert tasks.answer_delimiter(tokenizer, template) == " "
     tasks.evaluate(model, tokenizer, with_alpaca(study_on(data_dir, tmp_path, "xcopa")), ("zh",))
     assert len(pairs) == 4
-    for (prompt, choice), (context, continuation) in pairs:
+    for (prompt, choice), context, continuation in pairs:
+        assert choice.startswith(" ")
         assert context == tokenizer(prompt)["input_ids"]  # and so in dsft.data
         assert continuation == tokenizer(choice.strip(), add_special_tokens=False)["input_ids"]

@@ -72,10 +72,11 @@ def _read_translations(path: str, lang: str) -> dict[str, str]:
     field = f"{FIELD}.translations.{lang}"
     file = _named_file(path, field, 'JSON Lines of {"en": ..., "translation": ...}')
     known = {}
-    for number, line in enumerate(text_lines(file, field), 1):
+    for number, line in ((n, line) for n, line in enumerate(text_lines(file, field), 1) if line.strip()):
         try:
             row = json.loads(line)
             known[row["en"].strip()] = row["translation"].strip()
+            row["translation"].encode()  # half of a surrogate pair, which JSON can spell out, cannot be written
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ParamsError(f'{path}: line {number}: not a JSON object with text in "en" and "translation"; mend that line') from None
     return known
