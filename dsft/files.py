@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'PACKAGES', 'ParamsError', 'project_root', 'replacing', 'write_json', 'write_jsonl', 'lines_of',
            'read_lines', 'read_rows', 'exclusive', 'digest', 'contents', 'json_digest', 'python_code', 'import_closure',
-           'strings', 'package_data', 'code_digest', 'git', 'provenance', 'unwritable_cache', 'from_hub']
+           'strings', 'package_data', 'code_digest', 'git', 'provenance', 'unwritable_cache', 'from_hub', 'load_model']
 
 # %% ../nbs/00_files.ipynb #16b2a432
 import ast
@@ -327,3 +327,27 @@ def from_hub(name: str, what: Literal["model", "dataset"] = "model", field: str 
     except Exception as error:
         shown = f"{field} = {name!r}" if field else repr(name)
         raise ParamsError(f"{shown}: {_remedy(error, name, what)}") from None
+
+# %% ../nbs/00_files.ipynb #70f9ad8d
+def _first_wrong_weight(told: dict[str, Any]) -> str:
+    """What is wrong with the weights of a checkpoint, by the loading info of transformers; "" when nothing is."""
+    found = {
+        "has no weight": sorted(told["missing_keys"]),
+        "has the wrong shape in": [f"{name} ({list(is_so)}, not {list(should)})" for name, is_so, should in sorted(told["mismatched_keys"])],
+        "has an unexpected weight": sorted(told["unexpected_keys"]),
+    }
+    what, names = next(((what, names) for what, names in found.items() if names), ("", []))
+    return f"{what} {names[0]}{f' (and {len(names) - 1} more)' if names[1:] else ''}" if names else ""
+
+# %% ../nbs/00_files.ipynb #a83ab747
+def load_model(auto: type, name: str, field: str = "", **options: Any) -> Any:
+    """`auto.from_pretrained(name, **options)` of a class of transformers, with every weight from the checkpoint; errors as in `from_hub`.
+
+    Raises `ParamsError`, one line, that names the first weight that is missing, of another shape, or unknown to the model.
+    """
+    with from_hub(name, "model", field):
+        model, told = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    if wrong := _first_wrong_weight(told):
+        shown = f"{field} = {name!r}" if field else repr(name)
+        raise ParamsError(f"{shown}: the checkpoint {wrong}, as {type(model).__name__} reads it; fetch or save it again, or correct its config.json")
+    return model

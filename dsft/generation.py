@@ -16,8 +16,8 @@ from pydantic import PositiveInt
 from tqdm.std import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import padded, prompt_ids
-from .files import ParamsError, digest, exclusive, from_hub, json_digest, write_jsonl
+from .data import pad_inside, padded, prompt_ids
+from .files import ParamsError, digest, exclusive, from_hub, json_digest, load_model, write_jsonl
 from .methods import Part
 from .prompts import TEMPLATES
 from .study import Run, Study
@@ -67,10 +67,11 @@ def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
 def load_base(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of a run, ready to generate, and its tokenizer: in bfloat16 on a GPU, else in float32."""
     gpu = torch.cuda.is_available()
-    with from_hub(run.base, "model", f"models.{run.model}.path"):
+    field = f"models.{run.model}.path"
+    with from_hub(run.base, "model", field):
         tokenizer = AutoTokenizer.from_pretrained(run.base)
-        model = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.bfloat16 if gpu else torch.float32)
-    return model.eval().to("cuda" if gpu else "cpu"), tokenizer
+    model = load_model(AutoModelForCausalLM, run.base, field, dtype=torch.bfloat16 if gpu else torch.float32)
+    return model.eval().to("cuda" if gpu else "cpu"), pad_inside(tokenizer, model.get_input_embeddings().num_embeddings)
 
 
 def own_answers(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, batch_size: int) -> list[str]:
@@ -98,7 +99,7 @@ def _load_translator(options: TranslatorOptions, lang: str, field: str) -> tuple
         raise ParamsError(f"{field}.translator_codes = {codes!r}: has no code for en and {lang}; add both")
     with from_hub(name, "model", f"{field}.translator"):
         tokenizer = AutoTokenizer.from_pretrained(name, **({"src_lang": codes["en"]} if codes else {}))
-        model = AutoModelForSeq2SeqLM.from_pretrained(name).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(AutoModelForSeq2SeqLM, name, f"{field}.translator").eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if not codes:
         return model, tokenizer, {}
     first = tokenizer.convert_tokens_to_ids(codes[lang])

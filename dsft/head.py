@@ -34,26 +34,29 @@ class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
+        kept = dtype if hidden.dtype == torch.float16 else hidden.dtype  # in which gradients wait for their division
         total = torch.zeros((), dtype=dtype, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden, dtype=kept) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        wide = weight.to(kept)
         rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
         for start in range(0, len(hidden), rows):
             h, y = hidden[start : start + rows], labels[start : start + rows, None]
             nll, grad = _nll_of_chunk((h @ weight.T).to(dtype), y, softcap, with_gradient=any(ctx.needs_input_grad[:2]))
             total += nll
-            grad = grad if grad is None else grad.to(hidden.dtype)
+            grad = grad if grad is None else grad.to(kept)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+                torch.mm(grad, wide, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, h) if grad.dtype == dtype else grad_weight.add_(grad.T @ h)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                grad_weight.addmm_(grad.T, h.to(kept)) if kept == dtype else grad_weight.add_(grad.T @ h)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(kept))
+        ctx.dtypes = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = (g if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None
+        gradients = (g if g is None else (g * grad_total.to(g.dtype)).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *gradients, None, None
 
 # %% ../nbs/13_head.ipynb #7173d8cf
 def summed_nll(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:

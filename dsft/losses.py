@@ -6,7 +6,7 @@
 __all__ = ['logger', 'LossPath', 'LOSSES', 'Row', 'join', 'ForwardPass', 'forward_pass', 'Term', 'LogitsTerm', 'TFT', 'pool',
            'FeatureTerm', 'terms_of', 'loss_counts', 'naive_passes', 'truncated_passes', 'english_pass', 'branches_of',
            'pack', 'visibility', 'one_pass', 'choose_path', 'forward_passes', 'term_sums', 'loss_sums', 'combine',
-           'active', 'dsft_loss', 'gradient_norms']
+           'active', 'dsft_loss', 'gradient_norms', 'term_gradient_norms']
 
 # %% ../nbs/14_losses.ipynb #22567091
 import logging
@@ -72,6 +72,10 @@ class Term:
     segment = "y_tgt"  # what follows x_tgt in the row that it reads
     english_layer = None  # the layer that it reads in the pass over x_en by itself; None: it reads none
     english_gradient = False  # whether its gradient flows through that pass
+    kind = ""  # of its supervision
+
+    def __str__(self) -> str:
+        return f"{self.name.upper()} ({self.kind}, layer {self.layer})" if self.kind else self.name.upper()
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         """What the loss is a mean over, in this batch; it follows from the data alone."""
@@ -89,6 +93,7 @@ class Term:
 class LogitsTerm(Term):
     """Cross-entropy: at each position of one segment, the token that another segment (or the same) has there."""
 
+    kind = "logits"
     positions: str  # the segment at whose positions tokens are predicted
     labels: str  # the segment whose tokens they are
     final_norm: bool = True  # whether the state passes the final norm, and its logits the soft-cap
@@ -152,6 +157,7 @@ def sum(self: LogitsTerm, forward: ForwardPass, selected: Tensor, W_out: Tensor)
 class TFT(LogitsTerm):
     """The ordinary loss of fine-tuning: y_tgt after x_tgt, from the model's own output. Its `layer` is L."""
 
+    kind = ""
     name: str = "tft"
     positions: str = "y_tgt"
     labels: str = "y_tgt"
@@ -176,6 +182,7 @@ def pool(forward: ForwardPass, segment: str, layer: int, pooling: Literal["mean"
 class FeatureTerm(Term):
     """1 - cos of the two queries' vectors, the English one from a pass of its own."""
 
+    kind = "feature"
     english_layer: int
     english_gradient: bool = False
     pooling: Literal["mean", "last"] = "mean"
@@ -324,6 +331,17 @@ def term_sums(backbone: Backbone, terms: Sequence[Term], passes: Sequence[Forwar
     with forward_as(backbone.lm_head, inside):
         return torch.stack(backbone.lm_head(*selected))
 
+# %% ../nbs/14_losses.ipynb #30094a18
+def _refuse_beyond(backbone: Backbone, batch: dict[str, Tensor], terms: Sequence[Term]) -> None:
+    """Raise `ValueError` for a row longer than the model has positions. (`dsft.data.RowLimits` cuts rows before they are a batch.)"""
+    rows = {("x_tgt", t.segment) for t in terms} | {("x_en",) for t in terms if t.english_layer is not None}
+    for segments in sorted(rows):
+        if sum(batch[s].shape[1] for s in segments) > (backbone.max_positions or torch.inf):
+            longest = int(sum(batch[f"{s}_mask"].sum(dim=1) for s in segments).max())
+            if longest > backbone.max_positions:
+                row = " + ".join(segments)
+                raise ValueError(f"{row} has {longest} tokens, but {backbone} has {backbone.max_positions} positions; shorten its end")
+
 # %% ../nbs/14_losses.ipynb #498ed188
 @cache
 def _say_once(level: int, message: str) -> None:
@@ -338,8 +356,9 @@ def _loss_sums(batch: dict[str, Tensor], *, backbone: Backbone, terms: Sequence[
 
 
 def loss_sums(model, batch: dict[str, Tensor], terms: Sequence[Term], path: LossPath = "auto") -> Tensor:
-    """The sum of each term over what `loss_counts` counts, [len(terms)]."""
+    """The sum of each term over what `loss_counts` counts, [len(terms)]. Raises `ValueError` for a row longer than the model has positions."""
     backbone = find_backbone(model)
+    _refuse_beyond(backbone, batch, terms)
     with forward_as(backbone.root, partial(_loss_sums, backbone=backbone, terms=terms, path=path)):
         return model(batch)
 
@@ -372,8 +391,8 @@ def dsft_loss(model, batch: dict[str, Tensor], supervisions: Sequence[Supervisio
 
     All paths give the same: "naive" runs a full forward pass for each loss, "truncated" only the layers that each needs,
     "one_pass" the branches of x_tgt together; "auto" takes one_pass where the model allows it, otherwise truncated, and warns why.
-    Raises `UnsupportedArchitecture` for a model that no path can serve and `ValueError` for a layer outside 1..L or a path that
-    is not possible.
+    Raises `UnsupportedArchitecture` for a model that no path can serve and `ValueError` for a layer outside 1..L, a row longer than
+    the model has positions, or a path that is not possible.
     """
     backbone = find_backbone(model)
     terms = terms_of(active(supervisions, backbone), backbone.num_hidden_layers)
@@ -385,7 +404,11 @@ def gradient_norms(model, batch: dict[str, Tensor], supervisions: Sequence[Super
 
     Touches no `.grad`. `model` holds whole parameters: under DDP that is `trainer.model`; one sharded by FSDP does not.
     """
-    terms = terms_of(supervisions, find_backbone(model).num_hidden_layers)
+    return term_gradient_norms(model, batch, terms_of(supervisions, find_backbone(model).num_hidden_layers), path)
+
+
+def term_gradient_norms(model, batch: dict[str, Tensor], terms: Sequence[Term], path: LossPath = "auto") -> list[float]:
+    """The same for each of `terms`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses = loss_sums(model, batch, terms, path) / loss_counts(batch, terms).clamp_min(1)
     norms = []

@@ -121,7 +121,7 @@ class TrainParams(Part):
     """The fine-tuning recipe; the defaults are the paper's where it states them (see PAPER in the README), else Alpaca's."""
 
     epochs: Rate = 3.0
-    max_steps: int = -1  # stop after so many optimiser steps; -1: as long as the epochs last
+    max_steps: Literal[-1] | PositiveInt = -1  # stop after so many optimiser steps; -1: as long as the epochs last
     batch_size: PositiveInt = 128  # examples a step, over all devices and accumulation steps
     per_device_batch_size: PositiveInt = 16
     learning_rate: Rate = 2e-5
