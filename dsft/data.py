@@ -90,13 +90,18 @@ def _file_pairs(data: DataParams, lang: str) -> tuple[list[Pair], list[Pair], di
 
 # %% ../nbs/12_data.ipynb #71289fba
 def _all_pairs(data: DataParams, lang: str, seed: int) -> tuple[list[Pair], list[Pair], dict[str, Any]]:
-    """The pairs to train on, those that are held out, and the report of what was read."""
+    """The pairs to train on, those that are held out, and the report of what was read. Raises `ParamsError` when all are one or the other."""
     if data.source == "files":
-        return _file_pairs(data, lang)
-    pairs, held_out = _microcosm_pairs(data, lang, seed)
-    return pairs, held_out, {"tables": {}, "join": "parallel by construction", "examples": len(pairs), "dropped": []}
+        pairs, held_out, report = _file_pairs(data, lang)
+    else:
+        pairs, held_out = _microcosm_pairs(data, lang, seed)
+        report = {"tables": {}, "join": "parallel by construction", "examples": len(pairs), "dropped": []}
+    if data.held_out and not (pairs and held_out):
+        which = f"all {len(held_out)} examples that can be used in {lang!r} are held out; lower it" if held_out else f"no example that can be used in {lang!r} is held out; raise it"
+        raise ParamsError(f"data.held_out = {data.held_out}: {which}")
+    return pairs, held_out, report
 
-
+# %% ../nbs/12_data.ipynb #be6a7db9
 def parallel_pairs(data: DataParams, lang: str, seed: int = 0) -> tuple[list[Pair], dict[str, Any]]:
     """The parallel examples of English and `lang` to train on, and the report of what was read, checked, dropped and held out (JSON values).
 
@@ -104,21 +109,16 @@ def parallel_pairs(data: DataParams, lang: str, seed: int = 0) -> tuple[list[Pai
     the same for every seed. Raises `ParamsError`, one line, for data that cannot be read or are not parallel, and when `data.held_out` leaves nothing.
     """
     pairs, held_out, report = _all_pairs(data, lang, seed)
-    if held_out and not pairs:
-        raise ParamsError(f"data.held_out = {data.held_out}: all {len(held_out)} examples that can be used in {lang!r} are held out; lower it")
     told = {"held out": len(held_out)} if data.held_out else {}
     return pairs[: data.items], {"source": data.source, "lang": lang} | report | told
 
-# %% ../nbs/12_data.ipynb #ff2bfc0d
-def held_out_pairs(data: DataParams, lang: str) -> list[Pair]:
-    """The parallel examples of English and `lang` that no training uses: `data.held_out`, less those that have no usable partner in `lang`.
 
-    Raises `ParamsError`, one line, when there is none, and for data that cannot be read or are not parallel.
+def held_out_pairs(data: DataParams, lang: str) -> list[Pair]:
+    """The parallel examples of English and `lang` that no training uses: `data.held_out` of them, less those that have no usable partner in `lang`.
+
+    Raises `ParamsError`, one line, for data that cannot be read or are not parallel, and when `data.held_out` leaves nothing to train on.
     """
-    held_out = _all_pairs(data, lang, seed=0)[1]
-    if not held_out:
-        raise ParamsError(f"data.held_out = {data.held_out}: no example that can be used in {lang!r} is held out; raise it")
-    return held_out
+    return _all_pairs(data, lang, seed=0)[1]
 
 # %% ../nbs/12_data.ipynb #295a2c6a
 def example_fields(pair: Pair, lang: str) -> dict[str, str]:
