@@ -416,10 +416,10 @@ def _outcome(
         cut = f"{truncated} of {len(logged)} prompts were longer than the {lm.max_length} positions of the model and lost their beginning"
         print(f"{task.name}: {cut}")
     found = _lm_eval_scores(report["results"][task.name])
-    if task.dataset in TRANSLATION:
-        found |= _translation_scores(samples, params.comet)
     if not task.benchmark.generated:
         found[BITS] = sum(sample[BITS] for sample in samples) / len(samples)
+    elif task.dataset in TRANSLATION:
+        found |= _translation_scores(samples, params.comet)
     scores = _task_scores(task, found, logged, truncated)
     if gold:
         gold_scores, gold_samples = _outcome(gold, None, lm, report, params)
