@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dsft.files import code_digest, contents, digest, import_closure, package_data
 from dsft.kernels import start_server
+from dsft.metrics import INSTRUCTIONS
 from dsft.study import load_study
 
 STUDY = config.get("study", "micro")
@@ -51,6 +52,7 @@ ANALYSES = {
     "table2": of_both("table2", "table2_against_tft"),
     "table3": of_both("table3", "table3_against_tft"),
     "table4": of_both("table4", "table4_against_tft"),
+    "bits": of_both("bits", "bits_against_tft", "bits_english"),
     "retention": [*of_both("retention"), *picture("retention")],
     "figure3": [*of_both("figure3", "figure3_against_tft"), *picture("figure3")],
     "figure4": [*picture("figure4", "figure4_counted"), "figure4_tsne.csv"],
@@ -165,10 +167,11 @@ def trained(w):
     return [os.path.relpath(run.trained)] if run.method.stages else base_files(w.model)
 
 
-def benchmark_files():
-    """The files of the benchmarks, where the study takes them from a folder."""
+def benchmark_files(w):
+    """The files of what is asked: of the benchmarks, where the study takes them from a folder, and of the held-out instructions, where it asks for them."""
     names = study.evaluation.benchmarks if study.evaluation.data_dir else ()
-    return sorted(path for name in names for path in Path(study.evaluation.data_dir, name).rglob("*") if path.is_file())
+    of_benchmarks = sorted(path for name in names for path in Path(study.evaluation.data_dir, name).rglob("*") if path.is_file())
+    return [*of_benchmarks, *(study.data_files(w.lang) if INSTRUCTIONS in study.evaluation.benchmarks else ())]
 
 
 def layers(w):
@@ -272,8 +275,8 @@ rule evaluate:
     log:
         f"{RUN}/evaluate.ipynb",
     params:
-        spec=study.evaluation.model_dump(mode="json"),
-        files=contents(benchmark_files()),
+        spec=study.model_dump(mode="json", include={"evaluation", *(["data"] if INSTRUCTIONS in study.evaluation.benchmarks else [])}),
+        files=lambda w: contents(benchmark_files(w)),
         base=lambda w: "" if runs[tuple(w)].method.stages else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),
     shell:

@@ -11,6 +11,7 @@ __all__ = ['RawRow', 'Item', 'LONGEST', 'MKQA_LANG', 'MKQA_TYPES', 'YES_NO', 'ST
 
 # %% ../nbs/21_benchmark_items.ipynb #e24f3fa6
 import gzip
+import hashlib
 import reprlib
 import zlib
 from collections import Counter
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,7 @@ def mkqa_item(row: RawRow, lang: str) -> Item:
         texts = [answer.get("text"), *(answer.get("aliases") or ())]
         answers += [""] if kind in ("long_answer", "unanswerable") else _text_list(texts, f"answers.{lang}")
     if "binary" in kinds:
-        answers += [YES_NO[lang][answer] for answer in answers if answer in YES_NO.get(lang, ())]
+        answers = [YES_NO[lang][answer] for answer in answers if answer in YES_NO.get(lang, ())] + answers
     return {"question": _text(row["queries"], lang), "answers": list(dict.fromkeys(answers)), "type": kinds[0]}
 
 # %% ../nbs/21_benchmark_items.ipynb #eb280868
@@ -215,21 +217,37 @@ class Source:
     hub: tuple[str, str]  # dataset and configuration, or "text" and the address of a file in the format of `read`
     splits: dict[str, str]  # split in the names of the files -> split on the hub; the first is the usual one
     id: str = "id"  # the column; rows without it are numbered
+    cluster: Callable[[Item], str] = itemgetter("id")  # the same for items that are not independent of each other
     elsewhere: dict[str, tuple[str, str, dict[str, str]]] = field(default_factory=dict)  # language -> dataset, configuration, splits
     langs: frozenset[str] | None = None  # the languages there are, where that is a short list
 
+# %% ../nbs/21_benchmark_items.ipynb #5510310a
+def _same(field: str) -> Callable[[Item], str]:
+    """The cluster of items that have the same text in a field."""
+    return lambda item: hashlib.sha256(item[field].encode()).hexdigest()[:12]
+
+
+def _subject(item: Item) -> str:
+    """Of an item of MMLU, whose ids are such as sociology/test/7."""
+    return item["id"].split("/")[0]
+
+
+def _article(item: Item) -> str:
+    """Of a sentence of FLORES, by its address."""
+    return item["row"].get("url") or item["id"]
+
 # %% ../nbs/21_benchmark_items.ipynb #6fbfa05e
 SOURCES = {
-    "xquad": Source(squad_item, read_squad, ("xquad.{lang}.json",), ("google/xquad", "xquad.{lang}"), {"validation": "validation"}),
+    "xquad": Source(squad_item, read_squad, ("xquad.{lang}.json",), ("google/xquad", "xquad.{lang}"), {"validation": "validation"}, cluster=_same("context")),
     "mlqa": Source(squad_item, read_squad, ("{split}-context-{lang}-question-{lang}.json", "{split}/{split}-context-{lang}-question-{lang}.json"),
-        ("facebook/mlqa", "mlqa.{lang}.{lang}"), {"test": "test", "dev": "validation"}),
+        ("facebook/mlqa", "mlqa.{lang}.{lang}"), {"test": "test", "dev": "validation"}, cluster=_same("context")),
     "mkqa": Source(mkqa_item, read_json, ("mkqa.jsonl", "mkqa.jsonl.gz", "test_mkqa.jsonl"),
         ("text", "https://github.com/apple/ml-mkqa/raw/main/dataset/mkqa.jsonl.gz"), {"train": "train"}, id="example_id"),
     "truthfulqa": Source(truthfulqa_item, read_json, ("{lang}_{split}.json", "okapi_{lang}_{split}.json"),
         ("alexandrainst/m_truthfulqa", "{lang}"), {"validation": "val"},
         elsewhere={"en": ("truthfulqa/truthful_qa", "multiple_choice", {"validation": "validation"})}),
     "xnli": Source(xnli_item, partial(read_tsv, columns=("premise", "hypothesis", "label")), ("{split}-{lang}.tsv",),
-        ("facebook/xnli", "{lang}"), {"test": "test", "dev": "validation"}),
+        ("facebook/xnli", "{lang}"), {"test": "test", "dev": "validation"}, cluster=_same("premise")),
     "xcopa": Source(xcopa_item, read_json, ("{split}.{lang}.jsonl", "{lang}/{split}.{lang}.jsonl"),
         ("cambridgeltl/xcopa", "{lang}"), {"test": "test", "val": "validation"}, id="idx",
         elsewhere={"en": ("aps/super_glue", "copa", {"test": "validation", "val": "validation", "train": "train"})}, langs=frozenset("en et ht id it qu sw ta th tr vi zh".split())),
@@ -237,9 +255,9 @@ SOURCES = {
         ("juletxara/xstory_cloze", "{lang}"), {"eval": "eval", "train": "train"}, id="story_id",
         langs=frozenset("en ru zh es ar hi id te sw eu my".split())),
     "mmlu": Source(mmlu_item, read_json, ("{lang}_{split}.json",),
-        ("alexandrainst/m_mmlu", "{lang}"), {"test": "test", "val": "val", "dev": "train"}),
+        ("alexandrainst/m_mmlu", "{lang}"), {"test": "test", "val": "val", "dev": "train"}, cluster=_subject),
     "flores": Source(flores_item, read_lines, ("{split}/{code}.{split}", "{code}.{split}", "{lang}.{split}"),
-        ("openlanguagedata/flores_plus", "{code}"), {"devtest": "devtest", "dev": "dev"}),
+        ("openlanguagedata/flores_plus", "{code}"), {"devtest": "devtest", "dev": "dev"}, cluster=_article),
 }  # fmt: skip
 
 # %% ../nbs/21_benchmark_items.ipynb #a32190b4
@@ -340,7 +358,7 @@ def _rows(name: str, lang: str, params: EvalParams, split: str) -> tuple[str, li
     if len(source) != len(target):
         counts = f"{len(target)} sentences, but {source_file} has {len(source)}"
         raise ParamsError(f"{target_file}: {counts}; the lines must be translations of each other")
-    return target_file, [{"source": a.get("text"), "target": b.get("text")} for a, b in zip(source, target)]
+    return target_file, [{key: a[key] for key in a if key == "url"} | {"source": a.get("text"), "target": b.get("text")} for a, b in zip(source, target)]
 
 # %% ../nbs/21_benchmark_items.ipynb #a823a5dc
 BENCHMARK_SEED = 20250303  # every run of every study answers the same items
@@ -441,7 +459,8 @@ def check_benchmarks(params: EvalParams, langs: Sequence[str]) -> None:
     """Raise ParamsError, one line, at the first thing that an evaluation in these languages lacks: its wording, and its items in source "files"."""
     if params.source == "files" and not (project_root() / params.data_dir).is_dir():
         raise ParamsError(f"evaluation.data_dir = {params.data_dir!r}: no such folder; paths are relative to the project's root")
-    for name, lang in product(params.benchmarks, langs) if params.source != "microcosm" else ():
+    names = [name for name in params.benchmarks if name in SOURCES and params.source != "microcosm"]
+    for name, lang in product(names, langs):
         for direction in directions(name, lang) if "dsft" in params.prompt else ():
             benchmark_wording(name, direction)
         if params.source == "files":

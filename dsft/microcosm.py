@@ -11,7 +11,7 @@ import itertools
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from fastcore.basics import patch
@@ -316,10 +316,14 @@ def _instruction(self: World, rng: random.Random) -> dict:
 
 # %% ../nbs/07_microcosm.ipynb #abbabecd
 @patch
-def instructions(self: World, n: int, seed: int = 0) -> list[dict]:
-    """`n` different parallel items {"id", "relation", "en": {"query", "answer"}, "zh": ...} of trained meanings, about INSTRUCTED topics."""
-    rng = random.Random(f"{self.seed}/instructions/{seed}")
-    items = _distinct(n, (self._instruction(rng) for _ in itertools.count()), "instructions")
+def instructions(self: World, n: int, seed: int | str = 0, without: Sequence[dict] = ()) -> list[dict]:
+    """`n` different parallel items {"id", "relation", "en": {"query", "answer"}, "zh": ...} of trained meanings, about INSTRUCTED topics.
+
+    None of them says in any language what an item of `without` says there.
+    """
+    rng, taken = random.Random(f"{self.seed}/instructions/{seed}"), {str(item[language]) for item in without for language in LANGUAGES}
+    candidates = (self._instruction(rng) for _ in itertools.count())
+    items = _distinct(n, (None if any(str(item[language]) in taken for language in LANGUAGES) else item for item in candidates), "instructions")
     return [{"id": f"instruction-{seed}-{index:06d}"} | item for index, item in enumerate(items)]
 
 # %% ../nbs/07_microcosm.ipynb #92292cbe

@@ -8,7 +8,7 @@ __all__ = ['TABLE_COLUMNS', 'published_numbers', 'summarise', 'verdict', 'markdo
 
 # %% ../nbs/26_report.ipynb #73032f68
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from fastcore.script import call_parse
 
 from .files import ParamsError, replacing
 from .methods import Method
-from .metrics import BENCHMARKS, METRIC_TITLES
-from .results import CELL, controls, finished_runs, in_order, load_item_scores, load_results, on_target, titles, write_csv
+from .metrics import BITS, EVERY_BENCHMARK, direction, metric_of
+from .results import CELL, controls, finished_runs, in_order, in_percent, load_item_scores, load_results, on_target, titles, write_csv
 from .statistics import compare
 from .study import Study, load_study
 
@@ -58,6 +58,11 @@ def summarise(results: pd.DataFrame, published_as: dict[str, str | None] | None 
     table = table.assign(paper_model=key.astype(object)).merge(numbers, how="left", on=["paper_model", *CELL[2:]])
     return in_order(table)[[*TABLE_COLUMNS, "target", "chance", "title", "role"]]
 
+# %% ../nbs/26_report.ipynb #53c69641
+def _number(value: float, metric: str) -> str:
+    """A value or spread of a metric in its usual number of digits."""
+    return f"{value:.1f}" if metric_of(metric).percent else f"{value:.3f}"
+
 # %% ../nbs/26_report.ipynb #0bf958e5
 def _best_of(names: Iterable[str]) -> str:
     """The baselines of a comparison in words; `names` are titles."""
@@ -66,14 +71,16 @@ def _best_of(names: Iterable[str]) -> str:
 
 # %% ../nbs/26_report.ipynb #0bf12764
 def verdict(comparison: pd.DataFrame, study: Study) -> str:
-    """What a comparison (`dsft.statistics.compare`) of a study's methods says, in a sentence a model and method (Markdown list)."""
-    lines, title = [], titles(study)
-    for (model, method), cells in comparison.groupby(["model", "method"], sort=False):
+    """What a comparison (`dsft.statistics.compare`) of a study's methods says, in a sentence a model, method and unit (Markdown list)."""
+    lines, title, of_bits = [], titles(study), comparison["metric"].eq(BITS)
+    for (model, method, bits), cells in comparison.groupby(["model", "method", of_bits], sort=False):
         n, points = len(cells), cells["difference"]
         mean, baseline = points.mean(), _best_of(title[name] for name in cells["baseline"].unique())
-        where = "level with" if abs(mean) < 0.05 else f"{abs(mean):.1f} points {'above' if mean > 0 else 'below'}"
+        unit, better, good = ("bits a byte", "below", points < 0) if bits else ("points", "above", points > 0)
+        shown = _number(abs(mean), cells["metric"].iloc[0])
+        where = "level with" if not float(shown) else f"{shown} {unit} {'above' if mean > 0 else 'below'}"
         line = f"- {model}: on average {title[method]} lies {where} {baseline}, "
-        line += f"and above in {(points > 0).sum()} of {n} {'cell' if n == 1 else 'cells'} (dataset and language)"
+        line += f"and {better} in {good.sum()} of {n} {'cell' if n == 1 else 'cells'} (dataset and language)"
         if cells["p"].notna().any():
             sure = cells["p_holm"] < 0.05
             line += f"; significantly above in {(sure & (points > 0)).sum()} and significantly below in {(sure & (points < 0)).sum()}."
@@ -94,16 +101,16 @@ def markdown_table(table: pd.DataFrame) -> str:
 # %% ../nbs/26_report.ipynb #313e6c21
 def _benchmark(dataset: str) -> str:
     """How a benchmark is written, XQuAD for xquad."""
-    return BENCHMARKS[dataset].title if dataset in BENCHMARKS else dataset
+    return EVERY_BENCHMARK[dataset].title if dataset in EVERY_BENCHMARK else dataset
 
 
 def _column(row) -> str:
-    return f"{_benchmark(row.dataset)} {METRIC_TITLES.get(row.metric, row.metric)}, {row.lang}"
+    return f"{_benchmark(row.dataset)} {metric_of(row.metric).title}, {row.lang}"
 
 # %% ../nbs/26_report.ipynb #2c912e0c
 def _best(summary: pd.DataFrame) -> pd.Series:
     """Whether a row of a summary has the best fine-tuned method of its model, benchmark, language and metric."""
-    tuned = summary["value"].where(summary["role"] != "base")
+    tuned = summary["value"].where(summary["role"] != "base") * summary["metric"].map(direction)
     column = tuned.groupby([summary[c] for c in ("model", "dataset", "lang", "metric")])
     return (tuned == column.transform("max")) & (tuned > column.transform("min"))
 
@@ -117,7 +124,7 @@ def _marks(summary: pd.DataFrame, comparison: pd.DataFrame | None) -> list[str]:
 def _text(row) -> str:
     if pd.isna(row.value):
         return "not available"
-    text = f"{row.value:.1f}" if pd.isna(row.sd) else f"{row.value:.1f} ± {row.sd:.1f}"
+    text = _number(row.value, row.metric) + ("" if pd.isna(row.sd) else f" ± {_number(row.sd, row.metric)}")
     return (f"**{text}**" if row.best else text) + row.mark + ("" if pd.isna(row.published) else f" [{row.published:.2f}]")
 
 # %% ../nbs/26_report.ipynb #6f29f22d
@@ -145,7 +152,8 @@ def _measured(summary: pd.DataFrame) -> str:
     tuned = summary[summary["role"] != "base"]
     seeds = _span((tuned if len(tuned) else summary)["seeds"])
     spread = "one seed" if seeds == "1" else f"mean ± standard deviation over {seeds} seeds"
-    return f"In percent; {spread} of fine-tuning; {_span(summary['items'])} items per benchmark and language."
+    unit = "In bits for each byte of the right answer, of which less is better" if summary["metric"].eq(BITS).all() else "In percent"
+    return f"{unit}; {spread} of fine-tuning; {_span(summary['items'])} items per benchmark and language."
 
 # %% ../nbs/26_report.ipynb #23e81da0
 def _chance(summary: pd.DataFrame) -> str:
@@ -189,15 +197,20 @@ def _chosen(table: pd.DataFrame, datasets: Collection[str], methods: Collection[
 
 # %% ../nbs/26_report.ipynb #5f29c787
 def paper_table(
-    study: Study, name: str, datasets: Collection[str], methods: Collection[str] | None = None, targets: Collection[str] | None = None
+    study: Study,
+    name: str,
+    datasets: Collection[str],
+    methods: Collection[str] | None = None,
+    targets: Collection[str] | None = None,
+    unit: Callable[[pd.DataFrame], pd.DataFrame] = in_percent,
 ) -> tuple[str, pd.DataFrame]:
     """Write <name>.csv and .md and <name>_against_tft.csv and .md to figures/<study>/; returns the text (Markdown) and the comparison.
 
-    Of the scores in the language a run was trained for: those of `datasets`, of `methods` and the controls, and of `targets`, if they are given. Where the
+    Of the scores in the language a run was trained for: those of `datasets`, of `methods` and the controls, and of `targets`, if they are given; in percent or `in_bits`. Where the
     study also asks with other prompts, their table stands below, and in <name>_<prompt>.csv. Where it has none of `methods`,
     the text says so and nothing is written.
     """
-    chosen = lambda table: _chosen(table, datasets, methods, targets)
+    chosen = lambda table: _chosen(unit(table), datasets, methods, targets)
     summary, comparison = summarise(chosen(load_results(study)), study.published_as), compare(chosen(load_item_scores(study)))
     if methods is not None and not summary["method"].isin(methods).any():
         return f"Study {study.name} has no runs of {', '.join(methods)} on these benchmarks.", comparison

@@ -6,8 +6,8 @@
 __all__ = ['REMEDY', 'METHOD_COLUMNS', 'RESULT_COLUMNS', 'ITEM_COLUMNS', 'ENTROPY_COLUMNS', 'COST_COLUMNS', 'INSIDE_COLUMNS',
            'CELL', 'RunResult', 'Score', 'Metrics', 'InsideRow', 'Inside', 'TokenEntropy', 'LayerEntropy',
            'write_result', 'read_result', 'read_of_run', 'finished_runs', 'with_methods', 'controls', 'titles',
-           'load_results', 'load_item_scores', 'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside',
-           'write_csv', 'write_items', 'on_target', 'in_order', 'write_provenance']
+           'load_results', 'load_item_scores', 'in_percent', 'in_bits', 'load_entropy', 'load_token_entropy',
+           'load_costs', 'load_inside', 'write_csv', 'write_items', 'on_target', 'in_order', 'write_provenance']
 
 # %% ../nbs/24_results.ipynb #f55a638d
 import hashlib
@@ -21,7 +21,7 @@ from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt, Valida
 
 from .files import ParamsError, replacing, write_json
 from .methods import METHODS, Method
-from .metrics import BENCHMARKS
+from .metrics import BITS, EVERY_BENCHMARK, metric_of
 from .study import Run, Study
 
 # %% ../nbs/24_results.ipynb #012432ac
@@ -36,7 +36,7 @@ class RunResult(BaseModel):
 
 # %% ../nbs/24_results.ipynb #be419564
 class Score(BaseModel):
-    """One number of a run: a metric, in percent, on the items of one dataset in one language."""
+    """One number of a run: a metric, in percent but for bits a byte, on the items of one dataset in one language."""
 
     dataset: str
     lang: str
@@ -185,7 +185,7 @@ RESULT_COLUMNS = ["model", "target", "method", "seed", "dataset", "lang", "metri
 
 # %% ../nbs/24_results.ipynb #04dfbc6c
 def load_results(study: Study, prompt: str | None = None) -> pd.DataFrame:
-    """Every score of a study, one row each, with the columns `RESULT_COLUMNS`; `value` and `chance` in percent.
+    """Every score of a study, one row each, with the columns `RESULT_COLUMNS`; `value` and `chance` in percent, `value` of bits a byte in bits.
 
     `prompt` chooses how the models were asked, by default the first way in the study's `evaluation.prompt`. `target` is the language
     the run was trained for, `lang` the one it was tested in; `value` is NaN where the scorer was not available, `chance` where it is
@@ -200,34 +200,55 @@ def load_results(study: Study, prompt: str | None = None) -> pd.DataFrame:
     return with_methods(table, study)[RESULT_COLUMNS].astype({"value": float, "chance": float})
 
 # %% ../nbs/24_results.ipynb #bf4f61bc
-ITEM_COLUMNS = ["model", "target", "method", "seed", "dataset", "lang", "metric", "id", "value", *METHOD_COLUMNS]
+ITEM_COLUMNS = ["model", "target", "method", "seed", "dataset", "lang", "metric", "id", "cluster", "value", BITS, *METHOD_COLUMNS]
+
+
+def _completed(items: pd.DataFrame) -> pd.DataFrame:
+    """Items with the columns that older ones lack: each a cluster of its own, bits a byte not known."""
+    clusters = items["cluster"].fillna(items["id"]) if "cluster" in items else items["id"]
+    return items.assign(**{"cluster": clusters, BITS: items.get(BITS, np.nan)})
 
 
 def _item_scores(run: Run, prompt: str) -> pd.DataFrame:
-    """The items of one run that were asked with `prompt`: dataset, lang, id, value in percent, and the metric that it is a value of."""
+    """The items of one run that were asked with `prompt`: dataset, lang, id, cluster, value (percent but for bits a byte), the metric that it is a value of, and bits a byte."""
     metrics = {(s.dataset, s.lang): s.metric for s in reversed(read_of_run(run, "metrics.json", Metrics).scores)}
     path = run.folder / "samples.jsonl"
     try:
-        samples = pd.read_json(path, lines=True, dtype={"id": str})
+        samples = pd.read_json(path, lines=True, dtype={"id": str, "cluster": str})
         if "prompt" in samples:
             samples = samples[samples["prompt"] == prompt]
-        samples = samples[["dataset", "lang", "id", "value"]]
+        samples = _completed(samples)[["dataset", "lang", "id", "cluster", "value", BITS]]
     except (OSError, ValueError, KeyError) as error:
         raise ParamsError(f"{path}: {error}; delete metrics.json beside it to have both made again") from None
     samples["metric"] = [metrics.get(pair) for pair in zip(samples["dataset"], samples["lang"])]
-    return samples.dropna(subset="metric").assign(value=100 * samples["value"], **_of_run(run))
+    samples = samples.dropna(subset="metric")
+    unit = [100 if metric_of(metric).percent else 1 for metric in samples["metric"]]
+    return samples.assign(value=unit * samples["value"], **_of_run(run))
 
 # %% ../nbs/24_results.ipynb #3617f873
 def load_item_scores(study: Study, prompt: str | None = None) -> pd.DataFrame:
-    """The score of every single item in every run (percent), with the columns `ITEM_COLUMNS`; as long as the benchmarks together.
+    """The score of every single item in every run (percent, of instructions bits a byte), with the columns `ITEM_COLUMNS`; as long as the benchmarks together.
 
     From the samples.jsonl beside each metrics.json, else from the committed items.parquet; `prompt` and errors as in `load_results`. `metric` is
-    the first that metrics.json names for the benchmark: the one that is a mean over items. Values have the precision of items.parquet, 32-bit floats,
-    wherever they come from, so that both give the same intervals.
+    the first that metrics.json names for the benchmark: the one that is a mean over items. `bits_per_byte` is that of the right answer, NaN where there is none or it is not known.
+    Values have the precision of items.parquet, 32-bit floats, wherever they come from, so that both give the same intervals.
     """
     parts = [_item_scores(run, prompt or study.evaluation.prompt[0]) for run in finished_runs(study)]
-    table = pd.concat(parts, ignore_index=True) if parts else _committed(study, "items.parquet")
-    return with_methods(table, study)[ITEM_COLUMNS].astype({"value": "float32"}).astype({"value": float})
+    table = pd.concat(parts, ignore_index=True) if parts else _completed(_committed(study, "items.parquet"))
+    single = dict.fromkeys(("value", BITS), "float32")
+    return with_methods(table, study)[ITEM_COLUMNS].astype(single).astype(dict.fromkeys(single, float))
+
+# %% ../nbs/24_results.ipynb #76151d16
+def in_percent(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `load_results` or `load_item_scores` that are scores in percent."""
+    return table[table["metric"] != BITS]
+
+
+def in_bits(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `load_results` that are bits a byte; or the items of `load_item_scores` with bits a byte in the place of their score, without those that have none."""
+    if BITS in table:
+        table = table.assign(metric=BITS, value=table[BITS])
+    return table[table["metric"].eq(BITS) & table["value"].notna()]
 
 # %% ../nbs/24_results.ipynb #73edacb6
 ENTROPY_COLUMNS = ["model", "lang", "layer", "entropy", "i", "j", "rule", "tokens"]
@@ -307,9 +328,10 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
 
 # %% ../nbs/24_results.ipynb #6edcba3e
 def write_items(items: pd.DataFrame, path: str | Path) -> None:
-    """Write the scores of single items (`load_item_scores`), without METHOD_COLUMNS, as a compressed parquet file, atomically; percent, as 32-bit floats."""
+    """Write the scores of single items (`load_item_scores`), without METHOD_COLUMNS, as a compressed parquet file, atomically; as 32-bit floats."""
     with replacing(path) as temporary:
-        items.drop(columns=METHOD_COLUMNS).astype({"value": "float32"}).to_parquet(temporary, index=False, compression="zstd")
+        written = _completed(items.drop(columns=METHOD_COLUMNS)).astype(dict.fromkeys(("value", BITS), "float32"))
+        written.to_parquet(temporary, index=False, compression="zstd")
 
 # %% ../nbs/24_results.ipynb #4a062d9c
 def on_target(table: pd.DataFrame) -> pd.DataFrame:
@@ -325,7 +347,7 @@ _LANGUAGES = ["vi", "ar", "zh", "en"]  # in the paper's order
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
     """The rows in the paper's order of methods, datasets and languages, whatever else there is by name after them."""
-    ranks = {"method": list(METHODS), "dataset": list(BENCHMARKS), "lang": _LANGUAGES, "target": _LANGUAGES}
+    ranks = {"method": list(METHODS), "dataset": list(EVERY_BENCHMARK), "lang": _LANGUAGES, "target": _LANGUAGES}
 
     def rank(column: pd.Series) -> pd.Series:
         known = ranks.get(column.name, [])

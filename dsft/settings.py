@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from .files import ParamsError, project_root
 from .methods import Part, Trainable
-from .metrics import BENCHMARKS
+from .metrics import BENCHMARKS, EVERY_BENCHMARK, INSTRUCTIONS
 
 # %% ../nbs/09_settings.ipynb #fb817ba4
 Rate = Annotated[float, Field(gt=0)]
@@ -101,6 +101,7 @@ class DataParams(Part):
     files: dict[Language, Annotated[Table, BeforeValidator(_table)]] = {}  # source "files": one table a language; "en" is required
     join: Literal["auto", "id", "position"] = "auto"  # how rows of two tables find each other; auto: by id where both have one, else by position
     items: PositiveInt | None = None  # how many parallel examples to train on; default: all that the source has (microcosm: 600)
+    held_out: NonNegativeInt = 0  # parallel examples that no training uses, for `evaluation.benchmarks: [instructions]`; 500 tell models well apart
     template: Literal["alpaca", "plain"] = "plain"
     max_length: PositiveInt = 512  # tokens of prompt and answer together; longer answers are cut
     max_dropped: Share = 0.05  # stop when more than this share of the rows is unusable
@@ -145,7 +146,7 @@ class TrainParams(Part):
         return self
 
 # %% ../nbs/09_settings.ipynb #11a1427f
-BenchmarkName = Literal[tuple(BENCHMARKS)]
+BenchmarkName = Literal[tuple(EVERY_BENCHMARK)]
 
 
 class EvalParams(Part):
@@ -154,7 +155,7 @@ class EvalParams(Part):
     benchmarks: tuple[BenchmarkName, ...] = ("xquad", "xcopa")
     source: Literal["microcosm", "files", "hub"] = "microcosm"
     data_dir: str | None = None  # source "files": the folder with one folder a benchmark, in its original format
-    splits: dict[BenchmarkName, str] = {}  # the split of a benchmark, where it is not its usual one (dsft.benchmark_items)
+    splits: dict[Literal[tuple(BENCHMARKS)], str] = {}  # the split of a benchmark, where it is not its usual one (dsft.benchmark_items)
     prompt: tuple[Literal["dsft", "harness"], ...] = ("dsft",)  # asked as in training, or with lm-eval's own prompts, or both
     items: PositiveInt | None = None  # items a benchmark and language; default: all that the source has (microcosm: 500)
     num_fewshot: Annotated[int, Field(ge=0)] = 0  # examples in a prompt: of another split where the benchmark has one, never the asked item
@@ -173,6 +174,8 @@ class EvalParams(Part):
             raise ValueError("`data_dir` names the folder of source: files, and only of that source")
         if self.source == "microcosm" and (self.splits or self.prompt != ("dsft",)):
             raise ValueError("`splits` and `prompt: [harness]` need the real benchmarks; set source: files or source: hub")
+        if INSTRUCTIONS in self.benchmarks and "dsft" not in self.prompt:
+            raise ValueError("`benchmarks: [instructions]` are asked as in training; add dsft to `prompt`")
         for name, values in (("benchmarks", self.benchmarks), ("prompt", self.prompt)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"`{name}` must name at least one, and each once")

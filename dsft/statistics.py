@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'COMPARISON_COLUMNS', 'MAIN_METRICS', 'GAIN_COLUMNS', 'bootstrap', 'Estimate', 'estimate', 'interval', 'holm',
-           'compare', 'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'contrast', 'gains']
+           'compare', 'mean_over_benchmarks', 'layer_sweep', 'data_sizes', 'Contrast', 'contrast', 'gains']
 
 # %% ../nbs/25_statistics.ipynb #c9a979d7
 from collections.abc import Sequence
@@ -14,26 +14,39 @@ import numpy as np
 import pandas as pd
 
 from .files import ParamsError
-from .metrics import NLU, QA
+from .metrics import NLU, QA, direction
 from .results import CELL, METHOD_COLUMNS, controls, in_order
 
 # %% ../nbs/25_statistics.ipynb #116f1141
 DRAWS = 10_000  # of the bootstrap
 
 
-def bootstrap(differences: np.ndarray, draws: int = DRAWS, seed: int = 0) -> tuple[float, float, float]:
+def _sums(differences: np.ndarray, clusters: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
+    """The sums [S seeds, G clusters] of `differences` [S, N], and the sizes [G] of the clusters; `clusters` names each item's, None: each is its own."""
+    codes, names = pd.factorize(np.arange(differences.shape[1]) if clusters is None else np.asarray(clusters))
+    if len(names) == len(codes):
+        return differences, np.ones(len(codes), int)
+    return np.stack([np.bincount(codes, row) for row in differences]), np.bincount(codes)
+
+
+def bootstrap(differences: np.ndarray, draws: int = DRAWS, seed: int = 0, clusters: Sequence | None = None) -> tuple[float, float, float]:
     """Hierarchical bootstrap of the mean of `differences` [S seeds, N items]: low and high of the 95 % interval, and two-sided p.
 
-    All three are NaN below three seeds.
+    `clusters` [N]: items with the same value are drawn together; None: each for itself. All three are NaN below three seeds.
     """
-    S, N = differences.shape
+    S = len(differences)
     if S < 3:
         return (np.nan,) * 3
+    sums, sizes = _sums(differences, clusters)
+    G = len(sizes)
     rng = np.random.default_rng(seed)
     seeds = rng.multinomial(S, np.full(S, 1 / S), draws) / S
     seeds = 1 / S + (S / (S - 1)) ** 0.5 * (seeds - 1 / S)
-    means = np.concatenate([  # a thousand draws at a time: a matrix of all draws and items would be large
-        (some @ differences * rng.multinomial(N, np.full(N, 1 / N), len(some)) / N).sum(1) for some in np.array_split(seeds, max(1, draws // 1000))])
+    means = []
+    for some in np.array_split(seeds, max(1, draws // 1000)):  # a thousand draws at a time: a matrix of all draws and items would be large
+        drawn = rng.multinomial(G, np.full(G, 1 / G), len(some))
+        means.append((some @ sums * drawn / (drawn @ sizes)[:, None]).sum(1))
+    means = np.concatenate(means)
     rarer = min((means <= 0).sum(), (means >= 0).sum())
     return *map(float, np.percentile(means, (2.5, 97.5))), min(1.0, 2 * (rarer + 1) / (draws + 1))
 
@@ -49,9 +62,9 @@ class Estimate(NamedTuple):
     items: int
 
 
-def estimate(differences: np.ndarray) -> Estimate:
-    """The mean of `differences` [S seeds, N items] with its interval."""
-    return Estimate(differences.mean(), *bootstrap(differences), *differences.shape)
+def estimate(differences: np.ndarray, clusters: Sequence | None = None) -> Estimate:
+    """The mean of `differences` [S seeds, N items] with its interval; `clusters` as in `bootstrap`."""
+    return Estimate(differences.mean(), *bootstrap(differences, clusters=clusters), *differences.shape)
 
 # %% ../nbs/25_statistics.ipynb #1fb7edf5
 def interval(low: float, high: float) -> str:
@@ -68,6 +81,14 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 # %% ../nbs/25_statistics.ipynb #1625c211
+def _clusters(items: pd.DataFrame, ids: pd.Index) -> pd.Index:
+    """The clusters of the items with these ids; one that has none is a cluster of its own."""
+    if "cluster" not in items:
+        return ids
+    known = items.drop_duplicates("id").set_index("id")["cluster"].reindex(ids)
+    return pd.Index(known.where(known.notna(), ids))
+
+# %% ../nbs/25_statistics.ipynb #2a9625a0
 COMPARISON_COLUMNS = [*CELL, "baseline", "difference", "low", "high", "seeds", "items", "p", "p_holm"]
 
 
@@ -83,25 +104,26 @@ def _pairs(own: pd.DataFrame, other: pd.DataFrame) -> np.ndarray:
 def compare(items: pd.DataFrame, baselines: Sequence[str] | None = None) -> pd.DataFrame:
     """Every fine-tuned method against a baseline, paired by seed and item; of several baselines the one with the best mean in the cell.
 
-    `items` as from `load_item_scores`; `baselines` by default its `controls`. The columns of `CELL`, then baseline, difference (mean, in points), low and high
+    `items` as from `load_item_scores`; `baselines` by default its `controls`. The columns of `CELL`, then baseline, difference (mean, in points or bits), low and high
     (95 % interval), p, p_holm (corrected over the rows), all NaN below three seeds, seeds and items. Empty where the study has no runs of a baseline. Raises
     ParamsError when a method and its baseline answered different items.
     """
     baselines = controls(items) if baselines is None else baselines
     rows, within = [], [c for c in CELL if c != "method"]
-    tuned = items.loc[items["role"] != "base", [*CELL, "seed", "id", "value"]]
+    tuned = items[items["role"] != "base"]
     for cell, scores in tuned.groupby(within, sort=False, observed=True):
         answers = {method: own.pivot(index="seed", columns="id", values="value") for method, own in scores.groupby("method")}
         if not (known := [name for name in baselines if name in answers]):
             continue
-        baseline = max(known, key=lambda name: answers[name].to_numpy().mean())
+        better = direction(cell[-1])
+        baseline = max(known, key=lambda name: better * answers[name].to_numpy().mean())
         for method in answers.keys() - set(baselines):
             try:
                 pairs = _pairs(answers[method], answers[baseline])
             except ValueError as error:
                 raise ParamsError(f"{' '.join(cell)}: {method} and {baseline} {error}") from None
             if len(pairs):
-                found = dict(zip(("difference", *Estimate._fields[1:]), estimate(pairs)))
+                found = dict(zip(("difference", *Estimate._fields[1:]), estimate(pairs, _clusters(scores, answers[method].columns))))
                 rows.append(dict(zip(within, cell)) | {"method": method, "baseline": baseline} | found)
     table = pd.DataFrame(rows, columns=COMPARISON_COLUMNS[:-1])
     return in_order(table.assign(p_holm=holm(table["p"])))[COMPARISON_COLUMNS]
@@ -133,25 +155,35 @@ def data_sizes(results: pd.DataFrame, full: int | None) -> pd.DataFrame:
     return runs.loc[several, ["model", "target", "method", "stem", "examples", "seed", "value"]].astype({"examples": int}).reset_index(drop=True)
 
 # %% ../nbs/25_statistics.ipynb #710ba8ef
-def contrast(items: pd.DataFrame, weights: dict[tuple, float]) -> np.ndarray | None:
-    """The matrix [S seeds, N items] whose mean is Σ weight · mean score, for `bootstrap`; None when a cell was not run.
+class Contrast(NamedTuple):
+    """What `estimate` takes for a contrast."""
+
+    differences: np.ndarray  # [S seeds, N items]; their mean is the contrast
+    clusters: list[str]  # [N]
+
+
+def contrast(items: pd.DataFrame, weights: dict[tuple, float]) -> Contrast | None:
+    """The matrix [S seeds, N items] whose mean is Σ weight · mean score, and the clusters of its items; None when a cell was not run.
 
     `weights` maps cells (model, target, method, dataset, lang) to their weights; cells of one benchmark, language and model are paired
     by item. Only seeds that every cell has are taken.
     """
     names = ["model", "target", "method", "dataset", "lang"]
-    cells = items[[*names, "seed", "id", "value"]].groupby(names, observed=True)
-    scores = {cell: rows.pivot(index="seed", columns="id", values="value") for cell, rows in cells if cell in weights}
-    if scores.keys() != weights.keys():
+    cells = {cell: rows for cell, rows in items.groupby(names, observed=True) if cell in weights}
+    if cells.keys() != weights.keys():
         return None
+    scores = {cell: rows.pivot(index="seed", columns="id", values="value") for cell, rows in cells.items()}
     seeds = sorted(set.intersection(*(set(rows.index) for rows in scores.values())))
     blocks: dict[tuple, pd.DataFrame] = {}
+    clusters: dict[tuple, list[str]] = {}
     for (model, target, method, dataset, lang), rows in scores.items():
         part = weights[model, target, method, dataset, lang] * rows.loc[seeds]
         benchmark = (model, target, dataset, lang)
         blocks[benchmark] = blocks[benchmark] + part if benchmark in blocks else part
+        clusters[benchmark] = [f"{benchmark} {name}" for name in _clusters(cells[model, target, method, dataset, lang], blocks[benchmark].columns)]
     total = sum(block.shape[1] for block in blocks.values())
-    return np.concatenate([total / block.shape[1] * block.to_numpy() for block in blocks.values()], axis=1)
+    parts = [total / block.shape[1] * block.to_numpy() for block in blocks.values()]
+    return Contrast(np.concatenate(parts, axis=1), [name for names in clusters.values() for name in names])
 
 # %% ../nbs/25_statistics.ipynb #b0e4fa39
 GAIN_COLUMNS = ["model", "target", "method", "baseline", "gain", "low", "high", "p", "p_holm", "seeds", "items"]
@@ -160,15 +192,16 @@ GAIN_COLUMNS = ["model", "target", "method", "baseline", "gain", "low", "high", 
 def gains(items: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
     """What a method gains over another, averaged over the benchmarks of Tables 1 and 2; a row for each pair (method, baseline), model and target language.
 
-    `items` as from `load_item_scores`, asked in the target language. Columns `GAIN_COLUMNS`: gain in points, low and high of its 95 % interval, p and
+    `items` as from `load_item_scores`, asked in the target language. Columns `GAIN_COLUMNS`: gain in points (or in bits a byte, by so many fewer), low and high of its 95 % interval, p and
     p_holm (corrected over the rows), all four NaN below three seeds. A pair that did not run there on every benchmark has no row.
     """
     rows = []
     for (model, target), scores in items[items["dataset"].isin(QA + NLU)].groupby(["model", "target"], sort=False, observed=True):
-        asked = list(scores[["dataset", "lang"]].drop_duplicates().itertuples(index=False, name=None))
+        asked = list(scores[["dataset", "lang", "metric"]].drop_duplicates().itertuples(index=False, name=None))
         for method, baseline in pairs:
-            weights = {(model, target, name, *cell): sign / len(asked) for cell in asked for name, sign in ((method, 1.0), (baseline, -1.0))}
-            if (d := contrast(scores, weights)) is not None:
-                rows.append([model, target, method, baseline, *estimate(d)])
+            signs = ((method, 1.0), (baseline, -1.0))
+            weights = {(model, target, name, *cell): sign * direction(metric) / len(asked) for *cell, metric in asked for name, sign in signs}
+            if d := contrast(scores, weights):
+                rows.append([model, target, method, baseline, *estimate(*d)])
     table = pd.DataFrame(rows, columns=[c for c in GAIN_COLUMNS if c != "p_holm"])
     return table.assign(p_holm=holm(table["p"]))[GAIN_COLUMNS]

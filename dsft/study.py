@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from .files import ParamsError, contents, digest, exclusive, project_root, replacing
 from .methods import Method, Part, Stage, method_from_name
+from .metrics import INSTRUCTIONS
 from .settings import DataParams, EvalParams, Language, Layers, ModelParams, TrainParams, one_line, read_settings
 
 # %% ../nbs/10_study.ipynb #2130af3c
@@ -71,6 +72,8 @@ class Study(Part):
         known = tuple(self.data.files) if self.data.source == "files" else ("en", "zh", "vi", "ar")
         if missing := [lang for lang in self.languages if lang not in known or lang == "en"]:
             raise ValueError(f"languages: {missing[0]} has no data as a target language; it is there for {', '.join(k for k in known if k != 'en')}")
+        if INSTRUCTIONS in self.evaluation.benchmarks and not self.data.held_out:
+            raise ValueError("evaluation.benchmarks: instructions needs examples that no training uses; set data.held_out, such as 500")
         return self
 
     @model_validator(mode="after")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'HARNESS', 'Splits', 'MICROCOSM_ITEMS', 'MICROCOSM_SHOTS', 'f1_results', 'mkqa_results', 'mc1_results',
-           'chrf_results', 'corpus_chrf', 'to_prompt', 'answer_delimiter', 'harness_file', 'harness_prompt',
-           'OtherItems', 'Task', 'RowsTask', 'task_config', 'write_tasks', 'evaluate']
+           'bits_results', 'chrf_results', 'corpus_chrf', 'to_prompt', 'answer_delimiter', 'harness_file',
+           'harness_prompt', 'OtherItems', 'Task', 'RowsTask', 'task_config', 'write_tasks', 'write_gold_tasks',
+           'evaluate']
 
 # %% ../nbs/23_tasks.ipynb #864265c0
 from collections import Counter
@@ -27,11 +28,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .benchmark_items import BENCHMARK_SEED, Item, asked_text, directions, load_benchmark, load_shots
+from .benchmark_items import BENCHMARK_SEED, SOURCES, Item, asked_text, directions, load_benchmark, load_shots
 from .cached_lm import SharedContextLM
-from .data import begins_with_space, prompt_ids
+from .data import begins_with_space, example_fields, held_out_pairs, prompt_ids, say
 from .files import ParamsError, read_rows, replacing, write_jsonl
-from .metrics import BENCHMARKS, TRANSLATION, NotAvailable, chrf, comet, f1, spbleu
+from .methods import PATTERNS
+from .metrics import BENCHMARKS, BITS, EVERY_BENCHMARK, INSTRUCTIONS, METRICS, TRANSLATION, Benchmark, NotAvailable, bits_per_byte, chrf, comet, f1, spbleu
 from .microcosm import World
 from .prompts import TEMPLATES, Template, benchmark_wording
 from .study import EvalParams, Study
@@ -59,6 +61,16 @@ def mc1_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[
     likeliest = {text for text, likelihood in zip(doc["choices"], likelihoods) if likelihood == max(likelihoods)}
     best = [n for n, text in enumerate(doc["choices"]) if text in likeliest]
     return {"mc1": (doc["label"] in best) / len(best)}
+
+# %% ../nbs/23_tasks.ipynb #7cbf89e4
+def _only(answer: str) -> dict[str, Any]:
+    """The part of a row that has this answer as its only choice."""
+    return {"choices": [answer], "label": 0}
+
+
+def bits_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """lm-eval `process_results`: the bits a byte of the right one of a row's choices."""
+    return {BITS: bits_per_byte(float(results[doc["label"]][0]), doc["choices"][doc["label"]])}
 
 # %% ../nbs/23_tasks.ipynb #6be6d451
 def chrf_results(doc: dict[str, Any], results: list[str]) -> dict[str, tuple[str, str]]:
@@ -167,11 +179,18 @@ class Task(NamedTuple):
     prompt: str  # dsft or harness
     folder: Path
     splits: tuple[str, ...] = ("test",)  # test is what is asked; the last one is where examples in prompts come from
+    gold: bool = False  # of a benchmark whose answers are generated: the task that scores the right ones
 
     @property
     def name(self) -> str:
-        """For example xquad_zh, flores_en-zh, xquad_zh_harness."""
-        return f"{self.dataset}_{self.lang}" + ("_harness" if self.prompt == "harness" else "")
+        """For example xquad_zh, flores_en-zh, xquad_zh_harness, xquad_zh_gold."""
+        return f"{self.dataset}_{self.lang}" + ("_harness" if self.prompt == "harness" else "") + ("_gold" if self.gold else "")
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """What it is of, with the metric that the task has."""
+        benchmark = EVERY_BENCHMARK[self.dataset]
+        return benchmark._replace(metric=BITS) if self.gold else benchmark
 
     @property
     def files(self) -> dict[str, Path]:
@@ -204,7 +223,7 @@ def _microcosm_row(item: dict[str, Any], direction: str, template: Template) -> 
     """A generated item as a row of a task in one language or direction."""
     said = dict(item[direction])
     asked = said.pop("query")
-    about = {key: item[key] for key in ("id", "relation", "seen")}
+    about = {"id": item["id"], "cluster": item["relation"], "relation": item["relation"], "seen": item["seen"]}
     return about | {"lang": direction, "asked": asked, "prompt": template.prompt(asked), **said}
 
 # %% ../nbs/23_tasks.ipynb #b47bf35e
@@ -223,7 +242,7 @@ def _microcosm_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str],
 # %% ../nbs/23_tasks.ipynb #48f293b8
 def _real_row(name: str, direction: str, prompt: str, template: Template, item: Item) -> dict[str, Any]:
     """An item as a row of a task that asks it in our way or in lm-eval's."""
-    about = {"id": item["id"], "lang": direction, "asked": asked_text(item)}
+    about = {"id": item["id"], "cluster": SOURCES[name].cluster(item), "lang": direction, "asked": asked_text(item)}
     return about | (to_prompt(name, direction, item, template) if prompt == "dsft" else _harness_row(name, item)) | about
 
 
@@ -240,6 +259,15 @@ def _real_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str], Spli
                 rows[direction, prompt] = {split: [row(item) for item in items] for split, items in splits.items()}
     return rows
 
+# %% ../nbs/23_tasks.ipynb #4c654b3a
+def _instruction_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str], Splits]:
+    """The rows of the held-out instruction data, the answer of each as its only choice. Raises ParamsError where there are none."""
+    rows = []
+    for pair in held_out_pairs(study.data, lang):
+        prompt, answer = say(PATTERNS["tgt"][0], example_fields(pair, lang), TEMPLATES[study.data.template])
+        rows.append({"id": pair.id, "cluster": pair.target.get("relation", pair.id), "lang": lang, "asked": prompt, "prompt": prompt, **_only(answer)})
+    return {(lang, "dsft"): {"test": rows}}
+
 # %% ../nbs/23_tasks.ipynb #09cdb432
 def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]:
     """The contents of a task's YAML. `delimiter` is what the model's tokenizer needs between prompt and answer (`answer_delimiter`)."""
@@ -248,28 +276,46 @@ def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]
     else:
         config, stop = {"include": str(_task_file(task.dataset)), "target_delimiter": delimiter}, TEMPLATES[study.data.template].stop
     config |= {"task": task.name, "dataset_kwargs": {split: str(file) for split, file in task.files.items()}, "fewshot_split": task.splits[-1]}
-    if BENCHMARKS[task.dataset].generated:
+    if task.gold:
+        asked = [config["include"]] if isinstance(config["include"], str) else config["include"]
+        config |= {"include": [*asked, str(_task_file("score_bits"))], "doc_to_choice": "choices", "doc_to_target": "label", "generation_kwargs": None}
+    if task.benchmark.generated:
         longest = study.evaluation.max_translation_tokens if task.dataset in TRANSLATION else study.evaluation.max_new_tokens
         config["generation_kwargs"] = {"until": [stop], "max_gen_toks": longest, "do_sample": False}
     return config
 
 # %% ../nbs/23_tasks.ipynb #05f3cc8a
+def _write(task: Task, splits: Splits, study: Study, delimiter: str) -> Task:
+    for split, rows in splits.items():
+        write_jsonl(task.files[split], rows)
+    with replacing(task.folder / f"{task.name}.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(task_config(task, study, delimiter), allow_unicode=True), encoding="utf-8")
+    return task
+
+
 def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
     """Write the study's benchmarks in one language as lm-eval tasks; what there is nothing to ask of is left out, with a printed line.
 
     `delimiter` as in `task_config`. Raises `ParamsError`, one line, for benchmark files that are missing or broken (see dsft.benchmark_items).
     """
-    tasks = []
-    for name in study.evaluation.benchmarks:
-        rows_of = _microcosm_rows if study.evaluation.source == "microcosm" else _real_rows
-        for (direction, prompt), splits in rows_of(name, lang, study).items():
-            task = Task(name, direction, prompt, study.folder("benchmarks", lang), tuple(splits))
-            for split, rows in splits.items():
-                write_jsonl(task.files[split], rows)
-            with replacing(task.folder / f"{task.name}.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(task_config(task, study, delimiter), allow_unicode=True), encoding="utf-8")
-            tasks.append(task)
-    return tasks
+    rows_of = dict.fromkeys(BENCHMARKS, _microcosm_rows if study.evaluation.source == "microcosm" else _real_rows) | {INSTRUCTIONS: _instruction_rows}
+    return [
+        _write(Task(name, direction, prompt, study.folder("benchmarks", lang), tuple(splits)), splits, study, delimiter)
+        for name in study.evaluation.benchmarks
+        for (direction, prompt), splits in rows_of[name](name, lang, study).items()
+    ]
+
+# %% ../nbs/23_tasks.ipynb #bab09e73
+def write_gold_tasks(tasks: Sequence[Task], study: Study, delimiter: str = "") -> list[Task]:
+    """Write, for each of the tasks whose answers are generated, the one that scores the right answers: of every item that has one, the first."""
+    gold = []
+    for task in tasks:
+        if not task.benchmark.generated:
+            continue
+        splits = {split: [row | _only(answer) for row in read_rows(file) if (answer := _answers(row)[0])] for split, file in task.files.items()}
+        if splits["test"]:
+            gold.append(_write(task._replace(gold=True), splits, study, delimiter))
+    return gold
 
 # %% ../nbs/23_tasks.ipynb #9bea1d37
 def _in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: EvalParams) -> LM:
@@ -301,15 +347,19 @@ def _compare_ids(lm: LM, tokenizer: PreTrainedTokenizerBase, prompt: str, params
 
 # %% ../nbs/23_tasks.ipynb #73cc4973
 def _check_lengths(lm: LM, tasks: list[Task]) -> None:
-    """Refuse what cannot be asked at all."""
+    """Refuse what cannot be asked at all, or leave it out of the instruction data."""
     if not hasattr(lm, "tokenizer"):
         return
     length = cache(lambda choice: len(lm.tok_encode(choice)))  # many items have the same choices
     for task in tasks:
-        for row in task.rows:
-            if any(length(choice) > lm.max_length for choice in row.get("choices") or ()):
-                why = f"a choice is longer than the {lm.max_length} positions of the model; remove the item"
-                raise ParamsError(f"{task.name}: item {row['id']}: {why}")
+        rows = task.rows
+        too_long = [row for row in rows if any(length(choice) > lm.max_length for choice in row.get("choices") or ())]
+        if too_long and (task.dataset != INSTRUCTIONS or len(too_long) == len(rows)):
+            why = f"a choice is longer than the {lm.max_length} positions of the model; remove the item"
+            raise ParamsError(f"{task.name}: item {too_long[0]['id']}: {why}")
+        if too_long:
+            write_jsonl(task.files["test"], [row for row in rows if row not in too_long])
+            print(f"{task.name}: {len(too_long)} of {len(rows)} answers are longer than the {lm.max_length} positions of the model and are left out")
 
 # %% ../nbs/23_tasks.ipynb #e7b39803
 def _fits(lm: LM, context: str, continuation: str | dict[str, Any]) -> bool:
@@ -334,25 +384,26 @@ def _generated(metric: str, logged: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../nbs/23_tasks.ipynb #23d94a08
 def _chosen(metric: str, logged: dict[str, Any]) -> dict[str, Any]:
-    """What lm-eval logged of choices: the likeliest, the right one, the score in [0, 1], and the log-likelihood of each."""
-    choices, likelihoods = logged["doc"]["choices"], [float(likelihood) for likelihood, _ in logged["filtered_resps"]]
-    best = choices[likelihoods.index(max(likelihoods))]
-    right, value = choices[logged["doc"]["label"]], round(float(logged[metric]), 6)
-    return {"prediction": best, "reference": right, "value": value, "likelihoods": [round(likelihood, 4) for likelihood in likelihoods]}
+    """What lm-eval logged of choices: the likeliest, the right one, the score in [0, 1], the log-likelihood of each, and the bits a byte of the right one."""
+    choices, label, likelihoods = logged["doc"]["choices"], logged["doc"]["label"], [float(likelihood) for likelihood, _ in logged["filtered_resps"]]
+    best, value = choices[likelihoods.index(max(likelihoods))], round(float(logged[metric]), 6)
+    bits = bits_per_byte(likelihoods[label], logged["arguments"][label][1].removeprefix(" "))
+    rounded = [round(likelihood, 4) for likelihood in likelihoods]
+    return {"prediction": best, "reference": choices[label], "value": value, "likelihoods": rounded, BITS: round(bits, 6)}
 
 # %% ../nbs/23_tasks.ipynb #fe793e89
 def _sample(task: Task, logged: dict[str, Any]) -> dict[str, Any]:
     """One row of samples.jsonl from one of lm-eval's."""
-    benchmark, doc = BENCHMARKS[task.dataset], logged["doc"]
+    doc = logged["doc"]
     about = {"dataset": task.dataset, "lang": task.lang, "prompt": task.prompt}
-    about |= {key: doc[key] for key in ("id", "relation", "seen", "type", "source") if doc.get(key) is not None}
-    return about | (_generated if benchmark.generated else _chosen)(benchmark.metric, logged)
+    about |= {key: doc[key] for key in ("id", "cluster", "relation", "seen", "type", "source") if doc.get(key) is not None}
+    return about | (_generated if task.benchmark.generated else _chosen)(task.benchmark.metric, logged)
 
 # %% ../nbs/23_tasks.ipynb #07026902
 def _lm_eval_scores(results: dict[str, Any]) -> dict[str, float]:
-    """Metric -> score in percent, from what lm-eval reports for a task: "f1,none" and "f1_stderr,none", where "none" is its filter."""
+    """Metric -> score, in percent but for bits a byte, from what lm-eval reports for a task: "f1,none" and "f1_stderr,none", where "none" is its filter."""
     values = {key.removesuffix(",none"): value for key, value in results.items() if key.endswith(",none")}
-    return {metric: 100 * value for metric, value in values.items() if not metric.endswith("_stderr")}
+    return {metric: (100 if METRICS[metric].percent else 1) * value for metric, value in values.items() if not metric.endswith("_stderr")}
 
 # %% ../nbs/23_tasks.ipynb #689011c9
 def _translation_scores(samples: list[dict[str, Any]], model: str) -> dict[str, float | None]:
@@ -374,19 +425,21 @@ def _translation_scores(samples: list[dict[str, Any]], model: str) -> dict[str, 
 
 # %% ../nbs/23_tasks.ipynb #2ba65ab3
 def _task_scores(task: Task, found: dict[str, float | None], logged: list[dict[str, Any]], truncated: int) -> list[dict[str, Any]]:
-    """The rows of scores of one task; `found`: metric -> score in percent, `logged`: lm-eval's samples."""
-    chances = [] if BENCHMARKS[task.dataset].generated else [100 / len(s["doc"]["choices"]) for s in logged]
+    """The rows of scores of one task; `found`: metric -> score, `logged`: lm-eval's samples."""
+    chances = [] if task.benchmark.generated else [100 / len(s["doc"]["choices"]) for s in logged]
     return [
         {"dataset": task.dataset, "lang": task.lang, "prompt": task.prompt, "metric": metric,
          "value": None if value is None else round(value, 4),
          "items": sum(metric in s for s in logged) if metric == "f1_answerable" else len(logged),
-         "chance": round(sum(chances) / len(chances), 4) if chances else None, "truncated": truncated}
+         "chance": round(sum(chances) / len(chances), 4) if chances and METRICS[metric].percent else None, "truncated": truncated}
         for metric, value in found.items()
     ]  # fmt: skip
 
 # %% ../nbs/23_tasks.ipynb #41ab45dc
-def _ask(lm: LM, tasks: list[Task], num_fewshot: int) -> dict[str, Any]:
+def _ask(lm: LM, tasks: list[Task], num_fewshot: int) -> dict[str, dict[str, Any]]:
     """What lm-eval reports: "results" and "samples" by the names of the tasks."""
+    if not tasks:
+        return {"results": {}, "samples": {}}
     return simple_evaluate(
         model=lm,
         tasks=[task.name for task in tasks],
@@ -396,18 +449,38 @@ def _ask(lm: LM, tasks: list[Task], num_fewshot: int) -> dict[str, Any]:
         log_samples=True,
     )
 
+# %% ../nbs/23_tasks.ipynb #21503596
+def _ask_all(lm: LM, tasks: list[Task], num_fewshot: int) -> dict[str, dict[str, Any]]:
+    """As `_ask`, in two parts."""
+    parts = [_ask(lm, [task for task in tasks if (task.benchmark.metric == BITS) == only_bits], num_fewshot) for only_bits in (False, True)]
+    return {key: parts[0][key] | parts[1][key] for key in ("results", "samples")}
+
+# %% ../nbs/23_tasks.ipynb #0a586538
+def _with_bits(samples: list[dict[str, Any]], gold: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of a task with the bits a byte from those of its gold task; an item without an answer has none."""
+    bits = {sample["id"]: sample[BITS] for sample in gold}
+    return [sample | ({BITS: bits[sample["id"]]} if sample["id"] in bits else {}) for sample in samples]
+
 # %% ../nbs/23_tasks.ipynb #7b1ef5e3
-def _outcome(task: Task, lm: LM, report: dict[str, Any], params: EvalParams) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The scores and the samples of one task in what lm-eval reports."""
+def _outcome(
+    task: Task, gold: Task | None, lm: LM, report: dict[str, Any], params: EvalParams
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The scores and the samples of a task in what lm-eval reports, with those of its gold task, if it has one."""
     logged = sorted(report["samples"][task.name], key=lambda s: s["doc_id"])
     samples = [_sample(task, s) for s in logged]
     if truncated := _truncated(lm, logged):
         cut = f"{truncated} of {len(logged)} prompts were longer than the {lm.max_length} positions of the model and lost their beginning"
         print(f"{task.name}: {cut}")
     found = _lm_eval_scores(report["results"][task.name])
-    if task.dataset in TRANSLATION:
+    if not task.benchmark.generated:
+        found[BITS] = sum(sample[BITS] for sample in samples) / len(samples)
+    elif task.dataset in TRANSLATION:
         found |= _translation_scores(samples, params.comet)
-    return _task_scores(task, found, logged, truncated), samples
+    scores = _task_scores(task, found, logged, truncated)
+    if gold:
+        gold_scores, gold_samples = _outcome(gold, None, lm, report, params)
+        return scores + gold_scores, _with_bits(samples, gold_samples)
+    return scores, samples
 
 # %% ../nbs/23_tasks.ipynb #4c148757
 def evaluate(
@@ -416,17 +489,20 @@ def evaluate(
     """Evaluate a model on the study's benchmarks in some languages.
 
     `model` is in memory, or the name of a folder or hub model for the study's `evaluation.backend`, and `tokenizer` its. Returns the scores - rows of dataset,
-    lang (or direction, en-zh), prompt, metric, value (percent; None where the scorer is not available), items, chance (percent or None),
-    truncated (items whose prompt lost its beginning) - and the samples, one row an item: dataset, lang, prompt, id, in the microcosm
-    relation and seen (the instruction data ask about this relation), prediction, reference, value in [0, 1], for choices likelihoods.
+    lang (or direction, en-zh), prompt, metric, value (percent or bits a byte; None where the scorer is not available), items, chance (percent or None),
+    truncated (items whose prompt lost its beginning) - and the samples, one row an item: dataset, lang, prompt, id, cluster, in the microcosm
+    relation and seen (the instruction data ask about this relation), prediction, reference, value in [0, 1] (of instructions bits a byte), for choices
+    likelihoods, and bits_per_byte of the right answer where there is one.
     """
     params, delimiter = study.evaluation, answer_delimiter(tokenizer, TEMPLATES[study.data.template])
     tasks = [task for lang in langs for task in write_tasks(study, lang, delimiter)]
     if not tasks:
         raise ParamsError(f"evaluation: no benchmark of {', '.join(params.benchmarks)} can be asked in {', '.join(langs)}; choose others")
+    gold = {task._replace(gold=False): task for task in write_gold_tasks(tasks, study, delimiter)}
+    asked = [*tasks, *gold.values()]
     lm = _by_name(str(model), tokenizer, params) if isinstance(model, (str, Path)) else _in_memory(model, tokenizer, params)
     _compare_ids(lm, tokenizer, TEMPLATES[study.data.template].prompt("a"), params)
-    _check_lengths(lm, tasks)
-    report = _ask(lm, tasks, params.num_fewshot)
-    outcomes = [_outcome(task, lm, report, params) for task in tasks]
+    _check_lengths(lm, asked)
+    report = _ask_all(lm, asked, params.num_fewshot)
+    outcomes = [_outcome(task, gold.get(task), lm, report, params) for task in tasks]
     return [score for scores, _ in outcomes for score in scores], [sample for _, samples in outcomes for sample in samples]

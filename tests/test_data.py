@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from dsft import data as dsft_data
-from dsft.data import TokenizedExample, collate, load_parallel, parallel_rows, rows_digest, tokenize
+from dsft.data import TokenizedExample, collate, held_out_pairs, load_parallel, parallel_pairs, parallel_rows, rows_digest, tokenize
 from dsft.files import ParamsError, from_hub
 from dsft.languages import check_language
 from dsft.prompts import TEMPLATES
@@ -246,6 +246,94 @@ def test_what_is_left_over_in_a_table_is_counted(tmp_path):
 def test_no_row_to_train_on_is_one_line(tokenizer):
     with pytest.raises(ParamsError, match="no row to train on"):
         tokenize(Dataset.from_list([]), tokenizer, 99)
+
+
+# ---- what is held out
+def said(pairs, side):
+    return {(getattr(pair, side)["instruction"], getattr(pair, side)["output"]) for pair in pairs}
+
+
+def test_nothing_is_held_out_unless_it_is_asked_for(tmp_path):
+    """The rows, and the report of them, are those of before there was anything to hold out."""
+    data = asked(tmp_path)
+    rows, report = parallel_rows(data, "vi")
+    assert rows.to_list() == [
+        {"id": v["id"], **{f"{k}_{s}": text for s, r in (("tgt", v), ("en", e)) for k, text in (("x", TEMPLATES["alpaca"].prompt(r["instruction"])), ("y", r["output"]))}}
+        for v, e in zip(VIETNAMESE, ENGLISH)
+    ]
+    assert report.keys() == {"source", "lang", "tables", "join", "rank correlation of question lengths", "examples", "dropped"}
+    assert held_out_pairs(data, "vi") == []
+    assert rows_digest(load_parallel(DataParams(items=20), "zh")) .startswith("47dd73e6482de698")
+
+
+@pytest.mark.parametrize("change", ["none", "reversed", "no ids", "a row less in Vietnamese", "an empty answer in Vietnamese", "a row more in English", "fewer items"])
+def test_held_out_examples_are_in_no_training_whatever_its_language(tmp_path, change):
+    english, vietnamese, changes = ENGLISH, VIETNAMESE, {}
+    if change == "reversed":
+        english, vietnamese = ENGLISH[::-1], VIETNAMESE[3:] + VIETNAMESE[:3]
+    elif change == "no ids":  # joined by position with the Vietnamese, while English alone still has its ids
+        vietnamese = [{k: v for k, v in row.items() if k != "id"} for row in VIETNAMESE]
+    elif change == "a row less in Vietnamese":
+        vietnamese = VIETNAMESE[1:]
+    elif change == "an empty answer in Vietnamese":
+        vietnamese = [row | {"output": ""} if n == 3 else row for n, row in enumerate(VIETNAMESE)]
+    elif change == "a row more in English":
+        english = [*ENGLISH, {"id": "more", "instruction": "Sing.", "input": "", "output": "La la."}]
+    elif change == "fewer items":
+        changes = {"items": 5}
+    data = asked(tmp_path, en=english, vi=vietnamese, held_out=6, max_dropped=0.5, **changes)
+    held_out, in_english = held_out_pairs(data, "vi"), held_out_pairs(data, "en")
+    training, (sft, report) = parallel_pairs(data, "vi")[0], parallel_pairs(data, "en")
+    assert len(in_english) == 6 == report["held out"] and said(held_out, "english") <= said(in_english, "english")
+    assert len(held_out) >= 5 and (change != "none" or len(held_out) == 6)
+    assert said(training, "english").isdisjoint(said(in_english, "english")) and said(sft, "english").isdisjoint(said(in_english, "english"))
+    assert said(training, "target").isdisjoint(said(held_out, "target"))
+    if not changes:
+        assert len(training) + len(held_out) == len(load_parallel(data.model_copy(update={"held_out": 0}), "vi"))
+    else:
+        assert len(training) == len(sft) == 5
+    assert [pair.id for pair in held_out_pairs(data, "vi")] == [pair.id for pair in held_out]
+
+
+def test_a_larger_number_holds_out_what_a_smaller_one_does(tmp_path):
+    few, many = (said(held_out_pairs(asked(tmp_path, held_out=n), "vi"), "english") for n in (4, 9))
+    assert len(few) == 4 and len(many) == 9 and few < many
+
+
+def test_what_reads_like_a_held_out_answer_in_the_target_language_is_not_trained_on(tmp_path):
+    """Two English questions that have one translation."""
+    first = held_out_pairs(asked(tmp_path, held_out=1), "vi")[0]
+    twin = next(n for n, row in enumerate(ENGLISH) if row["id"] != first.id)
+    vietnamese = [row | {k: first.target[k] for k in ("instruction", "output")} if n == twin else row for n, row in enumerate(VIETNAMESE)]
+    pairs, _ = parallel_pairs(asked(tmp_path, vi=vietnamese, held_out=1), "vi")
+    assert {pair.id for pair in pairs} == {row["id"] for row in ENGLISH} - {first.id, ENGLISH[twin]["id"]}
+
+
+@pytest.mark.parametrize(("held_out", "why"), [(20, "all 20 examples that can be used in 'vi' are held out; lower it"), (500, "all 20 examples")])
+def test_no_example_to_train_on_is_one_line(tmp_path, held_out, why):
+    with pytest.raises(ParamsError, match=f"data.held_out = {held_out}: {why}"):
+        load_parallel(asked(tmp_path, held_out=held_out), "vi")
+
+
+@pytest.mark.parametrize("lang", ["en", "zh", "ar"])
+def test_the_microcosm_holds_out_the_same_for_every_seed(lang):
+    data = DataParams(items=300, held_out=40)
+    held_out = held_out_pairs(data, lang)
+    assert len(held_out) == 40 and [pair.id for pair in held_out] == [pair.id for pair in held_out_pairs(data, "vi")]
+    for seed in (0, 1, 1000):
+        pairs, report = parallel_pairs(data, lang, seed)
+        assert len(pairs) == 300 and report["held out"] == 40
+        assert said(pairs, "target").isdisjoint(said(held_out, "target")) and said(pairs, "english").isdisjoint(said(held_out, "english"))
+
+
+def test_real_alpaca_with_examples_held_out():
+    files = {name: alpaca(name) for name in ("en", "zh", "vi")}
+    data = DataParams(source="files", files=files, template="alpaca", held_out=100)
+    in_english = said(held_out_pairs(data, "en"), "english")
+    for lang in ("zh", "vi"):
+        held_out, (pairs, report) = held_out_pairs(data, lang), parallel_pairs(data, lang)
+        assert 95 <= len(held_out) <= 100 == len(in_english) and report["held out"] == len(held_out)
+        assert said(held_out, "english") <= in_english and said(pairs, "english").isdisjoint(in_english)
 
 
 # ---- tokens

@@ -1,12 +1,13 @@
 """The scorers: cases worked by hand from the rules of the official scripts, and properties that hold for any text."""
 import json
+import math
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsft.metrics import ARTICLES, SCORERS, answer_tokens, exact_match, f1
+from dsft.metrics import ARTICLES, BITS, METRICS, SCORERS, answer_tokens, bits_per_byte, direction, exact_match, f1
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 KNOWN = sorted((scorer, lang) for scorer, rules in SCORERS.items() for lang in rules.languages)
@@ -160,3 +161,37 @@ def test_references_of_the_real_benchmark_score_full_against_themselves(lang):
     assert len(references) > 600
     for scorer in ("mlqa", "mkqa"):
         assert all(f1(r, [r], lang, scorer) == 1.0 for r in references if answer_tokens(r, lang, scorer))
+
+
+# ---- bits a byte
+@pytest.mark.parametrize(
+    ("probability", "answer", "expected"),
+    [
+        (1 / 2, "a", 1.0),
+        (1 / 256, "a", 8.0),  # as if every byte were as likely
+        (1 / 64, "sun", 2.0),
+        (1 / 64, "太阳", 1.0),  # three bytes a character
+        (1 / 16, "é", 2.0),  # two bytes
+        (1 / 16, "😀", 1.0),  # four
+        (1 / 4, "شم", 0.5),  # two bytes a letter
+        (1.0, "sun", 0.0),
+    ],
+)
+def test_bits_per_byte(probability, answer, expected):
+    assert bits_per_byte(math.log(probability), answer) == pytest.approx(expected)
+
+
+@given(st.floats(-500, 0), st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable()))
+def test_bits_are_those_of_all_bytes(log_likelihood, answer):
+    """The bits of all bytes together say how likely the answer is."""
+    assert 2 ** -(bits_per_byte(log_likelihood, answer) * len(answer.encode())) == pytest.approx(math.exp(log_likelihood))
+
+
+def test_an_empty_answer_has_no_bits():
+    with pytest.raises(ValueError, match="empty"):
+        bits_per_byte(-1.0, "")
+
+
+def test_of_bits_alone_less_is_better():
+    assert [name for name in METRICS if direction(name) < 0] == [BITS] == [name for name, metric in METRICS.items() if not metric.percent]
+    assert direction("a metric that nobody knows") == 1

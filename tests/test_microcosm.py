@@ -134,6 +134,17 @@ def test_the_text_is_the_same_on_every_machine():
     assert documents(50) != documents(50, seed=1)
     assert world.instructions(20, 3) == World().instructions(20, 3)
     assert world.instructions(20, 3) == world.instructions(40, 3)[:20]
+    assert world.instructions(20, 3, without=()) == world.instructions(20, 3) != world.instructions(20, "held_out")
+
+
+def test_instructions_without_others():
+    first = world.instructions(200)
+    rest = world.instructions(200, without=first[:60])
+    for language in LANGUAGES:
+        assert {str(item[language]) for item in rest}.isdisjoint({str(item[language]) for item in first[:60]})
+    meanings = lambda items: [{k: v for k, v in item.items() if k != "id"} for item in items]
+    assert meanings(rest)[:140] == [item for item in meanings(first) if item not in meanings(first[:60])][:140]
+    assert len({item["id"] for item in rest}) == 200
 
 
 def told_in(text: str) -> set[str]:

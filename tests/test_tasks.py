@@ -1,5 +1,6 @@
 """The benchmarks: their formats, the hub's columns, the prompts, the scores; and every kind of broken file in one line."""
 
+import copy
 import gzip
 import itertools
 import json
@@ -19,14 +20,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from dsft import benchmark_items, metrics, tasks
 from dsft.benchmark_items import SOURCES, check_benchmarks, load_items
 from dsft.checks import check
+from dsft.data import held_out_pairs, load_parallel
 from dsft.files import ParamsError, read_rows
 from dsft.metrics import BENCHMARKS
+from dsft.microcosm import World
 from dsft.prompts import TEMPLATES, WORDING
-from dsft.study import EvalParams, load_study
+from dsft.study import DataParams, EvalParams, load_study
 
 ROOT = Path(__file__).parents[1]
 OURS = ROOT / "tests" / "benchmarks"  # XStoryCloze and FLORES
@@ -137,7 +141,7 @@ def test_mkqa_without_a_short_answer_has_an_empty_reference(data_dir):
 
 
 def test_mkqa_yes_is_also_yes_in_the_language(data_dir):
-    assert load_items("mkqa", "zh", asked(data_dir, "mkqa"))[2]["answers"] == ["yes", "是"]
+    assert load_items("mkqa", "zh", asked(data_dir, "mkqa"))[2]["answers"] == ["是", "yes"]
 
 
 def test_mkqa_as_it_is_published_compressed(data_dir):
@@ -436,17 +440,21 @@ def likelihood(model, tokenizer, prompt: str, answer: str) -> float:
 @pytest.mark.parametrize("name", ["xstorycloze", "xnli", "truthfulqa", "xcopa", "mmlu"])
 def test_choices_are_scored_by_their_likelihood(data_dir, tmp_path, small, name):
     study = study_on(data_dir, tmp_path, name)
-    (score,), samples = tasks.evaluate(*small, study, ("zh",))
+    (score, bits), samples = tasks.evaluate(*small, study, ("zh",))
     (task,) = tasks.write_tasks(study, "zh")
     right = []
     for row, sample in zip(task.rows, samples, strict=True):
         expected = [likelihood(*small, row["prompt"], choice) for choice in row["choices"]]
         assert sample["likelihoods"] == pytest.approx(expected, abs=2e-3)
         right.append(expected.index(max(expected)) == row["label"])
-        assert sample["value"] == right[-1] and sample["reference"] == row["choices"][row["label"]]
+        gold = row["choices"][row["label"]]
+        assert sample["value"] == right[-1] and sample["reference"] == gold
+        assert sample["bits_per_byte"] == pytest.approx(-expected[row["label"]] / math.log(2) / len(gold.encode()), abs=2e-3)
     assert score["value"] == pytest.approx(100 * sum(right) / len(right), abs=1e-3)
     assert score["metric"] == ("mc1" if name == "truthfulqa" else "acc") and score["items"] == len(right)
     assert score["chance"] == pytest.approx(100 * sum(1 / len(row["choices"]) for row in task.rows) / len(right), abs=1e-3)
+    assert (bits["metric"], bits["items"], bits["chance"]) == ("bits_per_byte", len(right), None)
+    assert bits["value"] == pytest.approx(sum(s["bits_per_byte"] for s in samples) / len(right), abs=1e-3)
 
 
 @given(st.lists(st.tuples(st.sampled_from("甲乙丙丁"), st.sampled_from([-3.0, -2.0, -1.0])), min_size=2, max_size=6), st.randoms())
@@ -464,8 +472,8 @@ def test_mc1_does_not_depend_on_the_order_of_the_choices(choices, rng: random.Ra
 def test_both_prompts_are_reported(data_dir, tmp_path, small):
     scores, samples = tasks.evaluate(*small, study_on(data_dir, tmp_path, "xquad", "xnli", prompt=("dsft", "harness"), max_new_tokens=4), ("zh",))
     assert [(s["dataset"], s["prompt"], s["metric"], s["items"]) for s in scores] == [
-        ("xquad", "dsft", "f1", 3), ("xquad", "harness", "f1", 3), ("xnli", "dsft", "acc", 3), ("xnli", "harness", "acc", 3),
-    ]  # fmt: skip
+        (dataset, prompt, metric, 3) for dataset, main in (("xquad", "f1"), ("xnli", "acc")) for prompt in ("dsft", "harness") for metric in (main, "bits_per_byte")
+    ]
     for prompt, dataset in itertools.product(("dsft", "harness"), ("xquad", "xnli")):
         rows = [s for s in samples if (s["prompt"], s["dataset"]) == (prompt, dataset)]
         reported = next(s["value"] for s in scores if (s["prompt"], s["dataset"]) == (prompt, dataset))
@@ -474,7 +482,8 @@ def test_both_prompts_are_reported(data_dir, tmp_path, small):
 
 def test_mkqa_is_reported_with_and_without_the_unanswerable(data_dir, tmp_path, small):
     scores, samples = tasks.evaluate(*small, study_on(data_dir, tmp_path, "mkqa", max_new_tokens=4), ("zh",))
-    assert [(s["metric"], s["items"]) for s in scores] == [("f1", 3), ("f1_answerable", 2)]
+    assert [(s["metric"], s["items"]) for s in scores] == [("f1", 3), ("f1_answerable", 2), ("bits_per_byte", 2)]
+    assert ["bits_per_byte" in s for s in samples] == [True, False, True]
     assert [s["type"] for s in samples] == ["number_with_unit", "long_answer", "binary"]
     assert scores[1]["value"] == pytest.approx(100 * (samples[0]["value"] + samples[2]["value"]) / 2, abs=1e-3)
 
@@ -486,10 +495,10 @@ def test_prompts_that_do_not_fit_are_counted(data_dir, tmp_path, small, capsys):
     content["data"][0]["paragraphs"] = [{"context": c, "qas": [qa(n, "谁？", c[0])]} for n, c in enumerate(contexts)]
     (data_dir / PLACE["xquad"]).write_text(text(content), encoding="utf-8")
     study = study_on(data_dir, tmp_path, "xquad", max_new_tokens=4)
-    (score,), _ = tasks.evaluate(model, tokenizer, study, ("zh",))
+    (score, bits), _ = tasks.evaluate(model, tokenizer, study, ("zh",))
     (task,) = tasks.write_tasks(study, "zh")
     fits = [len(tokenizer(row["prompt"])["input_ids"]) + 4 <= 512 for row in task.rows]
-    assert fits == [True, False, False] and score["truncated"] == 2
+    assert fits == [True, False, False] and score["truncated"] == bits["truncated"] == 2
     assert "xquad_zh: 2 of 3 prompts were longer than the 512 positions of the model and lost their beginning" in capsys.readouterr().out
 
 
@@ -629,11 +638,182 @@ def test_other_backends_by_name(data_dir, tmp_path, small):
         tasks.evaluate(str(tmp_path / "nowhere"), tokenizer, study_on(data_dir, tmp_path, "xcopa"), ("zh",))
 
 
+# ---- bits a byte
+def bits(model, tokenizer, prompt: str, answer: str) -> float:
+    """-log2 P(answer | prompt) a byte, from the logits of one forward pass over all of it."""
+    x, y = tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        log_p = model(torch.tensor([x + y])).logits[0].float().log_softmax(-1)
+    return -sum(log_p[len(x) + n - 1, token].item() for n, token in enumerate(y)) / math.log(2) / len(answer.encode("utf-8"))
+
+
+def with_data(study, **changes):
+    return study.model_copy(update={"data": study.data.model_copy(update={"template": "alpaca", **changes})})
+
+
+@pytest.fixture(scope="module")
+def in_bytes(small):
+    """A model that reads bytes, so that the tokens of prompt and answer are those of both together."""
+    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1} | {b: n + 2 for n, b in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval(), tokenizer
+
+
+GOLD = {  # the first of the answers, or the right choice, of each item
+    "xquad": ["猫", "狗", "小李"],
+    "mlqa": ["猫", "狗", "小李"],
+    "mkqa": ["1392000千米", None, "是"],  # no short answer, nothing to score; and the word of the language
+    "truthfulqa": ["一颗恒星", "不能"],
+    "xnli": ["可能", "否", "是"],
+    "xcopa": ["下雨了。", "他淋湿了。"],
+    "mmlu": ["B", "D"],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_bits_a_byte_of_the_right_answer(data_dir, tmp_path, in_bytes, dtype):
+    """Of generated answers and of choices, against one plain forward pass for each."""
+    model, tokenizer = copy.deepcopy(in_bytes[0]).to(dtype), in_bytes[1]
+    study = with_alpaca(study_on(data_dir, tmp_path, *GOLD, max_new_tokens=2))
+    scores, samples = tasks.evaluate(model, tokenizer, study, ("zh",))
+    prompts = {task.dataset: [row["prompt"] for row in task.rows] for task in tasks.write_tasks(study, "zh")}
+    for name, gold in GOLD.items():
+        expected = [None if answer is None else bits(model, tokenizer, prompt, answer) for prompt, answer in zip(prompts[name], gold, strict=True)]
+        found = [sample.get("bits_per_byte") for sample in samples if sample["dataset"] == name]
+        assert found == [None if e is None else pytest.approx(e, abs=1e-4 if dtype == torch.float32 else 0.05) for e in expected]
+        known = [f for f in found if f is not None]
+        (score,) = (s for s in scores if (s["dataset"], s["metric"]) == (name, "bits_per_byte"))
+        assert (score["items"], score["chance"]) == (len(known), None) and score["value"] == pytest.approx(sum(known) / len(known), abs=1e-4)
+
+
+def test_bits_a_byte_are_lm_evals_own_likelihood(data_dir, tmp_path, in_bytes):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = in_bytes
+    study = with_alpaca(study_on(data_dir, tmp_path, "xquad", "flores", max_new_tokens=2, max_translation_tokens=2))
+    _, samples = tasks.evaluate(model, tokenizer, study, ("zh",))
+    rows = {(t.dataset, t.lang, row["id"]): row for t in tasks.write_tasks(study, "zh") for row in t.rows}
+    asked_for = [(row["prompt"], row["answers"][0]) for row in (rows[s["dataset"], s["lang"], s["id"]] for s in samples)]
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked_for], disable_tqdm=True)
+    expected = [-log_likelihood / math.log(2) / len(answer.encode()) for (log_likelihood, _), (_, answer) in zip(theirs, asked_for)]
+    assert len(samples) == 3 + 12 and [s["bits_per_byte"] for s in samples] == pytest.approx(expected, abs=1e-4)
+
+
+def test_bits_of_lm_evals_prompts_are_of_the_choice_as_it_is_scored(data_dir, tmp_path, in_bytes):
+    """lm-eval asks XNLI without a prompt, by whole sentences; before every choice and answer it puts a space, which is scored and is no byte of them."""
+    study = study_on(data_dir, tmp_path, "xnli", "xcopa", "xquad", prompt=("harness",), max_new_tokens=2)
+    _, samples = tasks.evaluate(*in_bytes, study, ("zh",))
+    found = {(s["dataset"], s["id"]): s["bits_per_byte"] for s in samples}
+    for (dataset, key), answer in {("xnli", "0"): HARNESS["xnli"][1][1], ("xcopa", "0"): "下雨了。", ("xquad", "q0"): "猫"}.items():
+        expected = bits(*in_bytes, HARNESS[dataset][0], " " + answer) * (len(answer.encode()) + 1) / len(answer.encode())
+        assert found[dataset, key] == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_is_asked_for_bits_changes_no_other_score(tmp_path, small):
+    study = load_study("smoke").model_copy(update={"runs": str(tmp_path)})
+    without = study.model_copy(update={"evaluation": study.evaluation.model_copy(update={"benchmarks": ("xquad", "xcopa")})})
+    more, fewer = tasks.evaluate(*small, study, ("zh", "en")), tasks.evaluate(*small, without, ("zh", "en"))
+    for found, others in zip(more, fewer):
+        assert [row for row in found if row["dataset"] != "instructions"] == others and len(found) > len(others)
+
+
+# ---- held-out instructions
+def test_held_out_instructions_are_scored_in_both_languages(tmp_path, in_bytes):
+    study = with_data(load_study("smoke").model_copy(update={"runs": str(tmp_path)}), items=200, held_out=6)
+    scores, samples = tasks.evaluate(*in_bytes, study.model_copy(update={"evaluation": EvalParams(benchmarks=("instructions",), num_fewshot=2)}), ("ar", "en"))
+    assert [(s["dataset"], s["lang"], s["metric"], s["items"]) for s in scores] == [("instructions", lang, "bits_per_byte", 6) for lang in ("ar", "en")]
+    items = World().instructions(6, "held_out")
+    for lang, score in zip(("ar", "en"), scores):
+        found = [s for s in samples if s["lang"] == lang]
+        expected = [bits(*in_bytes, TEMPLATES["alpaca"].prompt(item[lang]["query"]), item[lang]["answer"]) for item in items]  # of training, without examples
+        assert [s["value"] for s in found] == [s["bits_per_byte"] for s in found] == pytest.approx(expected, abs=1e-4)
+        assert [s["cluster"] for s in found] == [item["relation"] for item in items] and score["value"] == pytest.approx(sum(expected) / 6, abs=1e-4)
+
+
+def test_held_out_instructions_of_files_whatever_the_benchmarks_come_from(data_dir, tmp_path, in_bytes):
+    rows = {"en": [(f"What is {n} and {n}?", f"That is {2 * n}.") for n in range(20)], "vi": [(f"{n} cộng {n} bằng mấy?", f"Bằng {2 * n} đấy.") for n in range(20)]}
+    for lang, texts in rows.items():
+        (tmp_path / f"{lang}.json").write_text(text([{"instruction": i, "input": "", "output": o} for i, o in texts]), encoding="utf-8")
+    study = study_on(data_dir, tmp_path, "instructions", prompt=("dsft", "harness"))
+    data = DataParams(source="files", files={lang: str(tmp_path / f"{lang}.json") for lang in rows}, template="alpaca", held_out=4)
+    study = study.model_copy(update={"data": data, "languages": ("vi",)})
+    check_benchmarks(study.evaluation, ("vi", "en"))
+    _, samples = tasks.evaluate(*in_bytes, study, ("vi", "en"))
+    trained = set(load_parallel(data, "vi")["id"])
+    asked_for = {lang: {s["id"]: s for s in samples if s["lang"] == lang} for lang in ("vi", "en")}
+    assert asked_for["vi"].keys() == asked_for["en"].keys() == {str(n) for n in range(20)} - trained and len(trained) == 16
+    for lang, found in asked_for.items():
+        for key, sample in found.items():
+            question, answer = rows[lang][int(key)]
+            assert sample["value"] == pytest.approx(bits(*in_bytes, TEMPLATES["alpaca"].prompt(question), answer), abs=1e-4) and sample["cluster"] == key
+
+
+def test_an_answer_longer_than_the_model_is_left_out_and_said(tmp_path, in_bytes, capsys):
+    rows = {"en": [(f"Tell me {n}.", "ha " * (900 if n % 2 else 2)) for n in range(60)], "vi": [(f"Kể cho tôi {n}.", "hả " * (900 if n % 2 else 2)) for n in range(60)]}
+    for lang, texts in rows.items():
+        (tmp_path / f"{lang}.json").write_text(text([{"instruction": i, "output": o} for i, o in texts]), encoding="utf-8")
+    data = DataParams(source="files", files={lang: str(tmp_path / f"{lang}.json") for lang in rows}, held_out=20, check_language=False)
+    study = load_study("smoke").model_copy(update={"runs": str(tmp_path), "data": data, "languages": ("vi",), "evaluation": EvalParams(benchmarks=("instructions",))})
+    (score, other), _ = tasks.evaluate(*in_bytes, study, ("vi", "en"))
+    long = sum(int(pair.id) % 2 for pair in held_out_pairs(data, "vi"))
+    assert 0 < long < 20 and (score["items"], other["items"]) == (20 - long, 20 - long)
+    assert f"instructions_vi: {long} of 20 answers are longer than the 2048 positions of the model and are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"items": 64}}, "evaluation.benchmarks: instructions needs examples that no training uses; set data.held_out, such as 500"),
+        ({"data": {"held_out": -1}}, "data.held_out = -1"),
+        ({"evaluation": {"benchmarks": ["instructions"], "source": "hub", "prompt": ["harness"]}}, "are asked as in training; add dsft to `prompt`"),
+        ({"evaluation": {"source": "hub", "splits": {"instructions": "dev"}}}, "evaluation.splits.instructions"),
+    ],
+)
+def test_a_mistake_about_instructions_is_one_line(tmp_path, changes, said):
+    study = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8")) | changes
+    (tmp_path / "mistaken.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    with pytest.raises(ParamsError) as error:
+        load_study(tmp_path / "mistaken.yaml")
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- clusters
+def test_items_that_are_not_independent_share_a_cluster(data_dir, tmp_path, in_bytes):
+    content = squad(QAS[:2])
+    content["data"].append(squad([QAS[2]], context="小张没有猫。")["data"][0])
+    (data_dir / PLACE["xquad"]).write_text(text(content), encoding="utf-8")
+    (data_dir / PLACE["mmlu"]).write_text(text([*MMLU, MMLU[0] | {"id": "sums/dev/1"}]), encoding="utf-8")
+    names = ("xquad", "xnli", "mmlu", "mkqa", "truthfulqa", "xcopa")
+    _, samples = tasks.evaluate(*in_bytes, with_alpaca(study_on(data_dir, tmp_path, *names, max_new_tokens=2)), ("zh",))
+    clusters = {name: [s["cluster"] for s in samples if s["dataset"] == name] for name in names}
+    first, second, third = clusters["xquad"]
+    assert first == second != third and len(set(clusters["xnli"])) == 1 and clusters["mmlu"] == ["sums", "sky", "sums"]
+    for name in ("mkqa", "truthfulqa", "xcopa"):
+        assert clusters[name] == [s["id"] for s in samples if s["dataset"] == name]
+
+
+def test_sentences_of_one_article_share_a_cluster_where_the_hub_names_it(monkeypatch):
+    urls = ["https://a", "https://a", "https://b"]
+    read = lambda path, config, split: [{"text": t, "url": url} for t, url in zip(("One.", "Two.", "Three."), urls)]
+    monkeypatch.setattr(benchmark_items, "load_dataset", lambda *place, split: datasets.Dataset.from_list(read(*place, split)))
+    monkeypatch.setattr(benchmark_items, "_check_languages", lambda *_: None)
+    items = load_items("flores", "zh-en", EvalParams(benchmarks=("flores",), source="hub"))
+    assert [SOURCES["flores"].cluster(item) for item in items] == urls
+
+
 # ---- translation
 def test_translation_in_both_directions(data_dir, tmp_path, small, capsys):
     study = study_on(data_dir, tmp_path, "flores", max_translation_tokens=8)
     scores, samples = tasks.evaluate(*small, study, ("zh", "en"))
-    assert [(s["lang"], s["metric"]) for s in scores] == [(d, m) for d in ("en-zh", "zh-en") for m in ("chrf", "spbleu", "comet")]
+    assert [(s["lang"], s["metric"]) for s in scores] == [(d, m) for d in ("en-zh", "zh-en") for m in ("chrf", "spbleu", "comet", "bits_per_byte")]
     assert all(s["items"] == 6 for s in scores) and len(samples) == 12
     first = samples[0]
     assert first["source"] == "The museum opens at nine in the morning." and first["reference"] == "博物馆早上九点开门。"
