@@ -101,8 +101,8 @@ def critical_layers(entropy: ArrayLike) -> CriticalLayers:
 
 # %% ../nbs/15_selection.ipynb #d8f0c60c
 def reads_back(entropy: ArrayLike) -> bool:
-    """Whether an entropy curve [L + 1] is lowest at the embeddings, as with tied ones, through which the lens reads the input token back."""
-    return bool(entropy[0] < min(entropy[1:]))
+    """Whether an entropy curve [L + 1] begins as low as it gets, within a tenth of its range, as with tied embeddings, where the lens reads the input token back."""
+    return bool(entropy[0] - np.min(entropy) <= 0.1 * np.ptp(entropy) > 0)
 
 # %% ../nbs/15_selection.ipynb #4e779716
 class Curves(NamedTuple):
@@ -121,7 +121,7 @@ def risen(curve: Sequence[float]) -> int:
     return next(k for k in range(1, len(curve)) if curve[k] >= half)
 
 # %% ../nbs/15_selection.ipynb #58efa151
-def _likeliest_inside(curve: Sequence[float]) -> int:
+def _best_inside(curve: Sequence[float]) -> int:
     """The first layer of 2, ..., L - 1 with the highest value of a curve [L + 1]."""
     return max(range(2, len(curve) - 1), key=lambda k: curve[k])
 
@@ -141,14 +141,14 @@ def by_entropy(curves: Curves) -> Choice:
     found = critical_layers(curves.entropy)
     back = reads_back(curves.entropy)
     told = f"the entropy {'falls twice' if found.falls_twice else 'does NOT fall twice'}; three pieces explain {100 * found.r2:.1f} % of its variance"
-    told += f"; it is lowest, {curves.entropy[0]:.2f}, at the embeddings: the lens reads the input token back" if back else ""
+    told += f"; it begins at {curves.entropy[0]:.2f}: at the embeddings the lens reads the input token back" if back else ""
     return Choice("entropy", found.i, found.j, found.falls_twice and not back, told)
 
 # %% ../nbs/15_selection.ipynb #9d0457e6
 def by_english(curves: Curves) -> Choice:
     """j where the English answer is likeliest inside, i where retrieval has risen below it; rests on an English answer that is likelier there than the target one and than at the output."""
     english, target, retrieval = curves.english, curves.target, curves.retrieval
-    j = _likeliest_inside(english)
+    j = _best_inside(english)
     i = min(risen(retrieval), j - 1)
     told = f"at layer {j} the English answer has probability {english[j]:.3g}, the target one {target[j]:.3g}; at the output {english[-1]:.3g} and {target[-1]:.3g}"
     return Choice("english", i, j, english[j] > max(target[j], english[-1]), f"{told}; retrieval {retrieval[i]:.2f} at layer {i}")
@@ -157,7 +157,7 @@ def by_english(curves: Curves) -> Choice:
 def by_retrieval(curves: Curves) -> Choice:
     """j where retrieval is best inside, i where it has risen below that; rests on a retrieval that is better there than at the embeddings."""
     retrieval = curves.retrieval
-    j = _likeliest_inside(retrieval)
+    j = _best_inside(retrieval)
     i = min(risen(retrieval), j - 1)
     told = f"retrieval of parallel queries: {retrieval[0]:.2f} at the embeddings, {retrieval[i]:.2f} at layer {i}, {retrieval[j]:.2f} at layer {j}"
     return Choice("retrieval", i, j, retrieval[j] > retrieval[0], told)

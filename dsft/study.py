@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from .files import ParamsError, contents, digest, exclusive, project_root, replacing
 from .methods import Method, Part, Stage, method_from_name
-from .settings import DataParams, EvalParams, Language, Layers, ModelParams, TrainParams, one_line, read_settings
+from .settings import DataParams, EvalParams, Language, Layers, ModelParams, Rule, TrainParams, one_line, read_settings
 
 # %% ../nbs/10_study.ipynb #2130af3c
 def _method(value: Any) -> Any:
@@ -57,7 +57,7 @@ class Study(Part):
     methods: Methods
     seeds: Seeds = (0,)
     sweeps: tuple[Sweep, ...] = ()
-    layers: Literal["entropy"] | Layers = "entropy"  # chosen by the entropy rule (dsft.selection) or fixed
+    layers: Rule | Layers = "entropy"  # chosen by a rule (dsft.selection) or fixed
     data: DataParams = DataParams()
     train: TrainParams = TrainParams()
     recipes: dict[str, dict[str, Any]] = {}  # recipe -> its options, which its own module describes (dsft.recipes)
@@ -419,7 +419,7 @@ def num_hidden_layers(study: Study, model: str) -> int | None:
 
 def _check_layers(study: Study, file: str) -> None:
     """Refuse a fixed layer above the last one of a model whose depth is known."""
-    fixed = {} if study.layers == "entropy" else {"layers.i": study.layers.i, "layers.j": study.layers.j}
+    fixed = {} if isinstance(study.layers, str) else {"layers.i": study.layers.i, "layers.j": study.layers.j}
     for m in study.methods:
         fixed |= {f"methods.{m.name}.{s.stage}.layer": s.layer for s in m.supervisions if isinstance(s.layer, int)}
     for model in study.models:
