@@ -217,8 +217,8 @@ rule select_layers:
     log:
         f"{folder}/{{model}}/{{lang}}/select_layers.ipynb",
     params:
-        spec=study.model_dump(mode="json", include={"layers", "data"}),
-        files=lambda w: contents(study.data_files(w.lang)),
+        spec=study.model_dump(mode="json", include={"layers": True, "data": True, "evaluation": {"source", "facts"}}),
+        files=lambda w: contents([*study.data_files(w.lang), *study.evaluation.facts_files(w.lang)]),
         base=lambda w: found_base(w.model),
         code=code("nbs/experiments/select_layers.ipynb"),
     shell:
@@ -273,7 +273,7 @@ rule evaluate:
         f"{RUN}/evaluate.ipynb",
     params:
         spec=study.evaluation.model_dump(mode="json"),
-        files=contents(benchmark_files()),
+        files=lambda w: contents([*benchmark_files(), *study.evaluation.facts_files(w.lang)]),
         base=lambda w: "" if runs[tuple(w)].method.stages else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),
     shell:

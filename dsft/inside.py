@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'token_probability', 'answer_probability', 'pooled_states', 'retrieval', 'cosine_gap',
            'similarity_curves', 'parallel_questions', 'read_clozes', 'parallel_clozes', 'before_mask', 'first_tokens',
-           'Question', 'tokenize_question', 'distinct', 'tokenize_clozes', 'language_curves', 'look_inside']
+           'Question', 'tokenize_question', 'distinct', 'tokenize_clozes', 'language_curves', 'base_curves',
+           'look_inside']
 
 # %% ../nbs/16_inside.ipynb #ab348c0f
 from collections.abc import Iterator, Sequence
@@ -208,6 +209,24 @@ def language_curves(model: nn.Module, questions: Sequence[dict[str, Question]]) 
     split = len(en[0])
     curves = {"en": asked["tgt"][..., :split], "tgt": asked["tgt"][..., split:], "en_asked_en": asked["en"][..., :split]}
     return {name: probability.sum(-1).mean(0) for name, probability in curves.items()}
+
+# %% ../nbs/16_inside.ipynb #58369e42
+def base_curves(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, study: Study, lang: str, examples: dict[str, list[str]], limit: int = 200
+) -> tuple[str, dict[str, list[float]]]:
+    """What is asked, in words, and three fields of `dsft.selection.Curves`: `english` and `target`, empty where no two answers differ, and `retrieval`.
+
+    `examples` are parallel ones, texts in the columns x_tgt, y_tgt, x_en, y_en; their queries are what `retrieval` is about.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None) or 2048
+    row = lambda side, n: {"prompt": examples[f"x_{side}"][n], "answers": [examples[f"y_{side}"][n]]}
+    queries = [{side: tokenize_question(tokenizer, row(side, n), longest) for side in ("tgt", "en")} for n in range(len(examples["x_en"]))]
+    facts = tokenize_clozes(tokenizer, parallel_clozes(study, lang), limit)
+    questions = facts or distinct(queries)
+    asked = language_curves(model, questions) or {"en": np.empty(0), "tgt": np.empty(0)}
+    en, tgt = (pooled_states(model, [query[side].prompt for query in queries]) for side in ("en", "tgt"))
+    curves = {"english": asked["en"], "target": asked["tgt"], "retrieval": np.array(similarity_curves(en, tgt)["retrieval"])}
+    return f"{len(questions)} {'cloze facts' if facts else 'training examples'}", {name: curve.astype(float).tolist() for name, curve in curves.items()}
 
 # %% ../nbs/16_inside.ipynb #63df861d
 def look_inside(
