@@ -143,7 +143,8 @@ def parallel_clozes(study: Study, lang: str) -> list[dict[str, dict[str, str]]]:
         if len(en) != len(tgt):
             raise ParamsError(f"{files[1]}: {len(tgt)} facts, {files[0].name} has {len(en)}; they must be parallel by row")
     else:
-        items = World().clozes() if study.evaluation.source == "microcosm" and lang in LANGUAGES else []
+        own = study.evaluation.source == "microcosm" and not study.evaluation.facts and lang in LANGUAGES
+        items = World().clozes() if own else []
         en, tgt = ([item[language] for item in items] for language in ("en", lang))
     return [{"tgt": one, "en": other} for one, other in zip(tgt, en)]
 

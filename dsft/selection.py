@@ -70,7 +70,7 @@ def fit_pieces(curve: np.ndarray, i: int, j: int) -> tuple[np.ndarray, np.ndarra
 def _falls_twice(curve: np.ndarray, slopes: np.ndarray, i: int, j: int) -> bool:
     first, middle, last = slopes
     falls = -first * i, -last * (len(curve) - 1 - j)  # how much the first and the last piece take away
-    return bool(middle > max(first, last) and min(falls) >= 0.1 * np.ptp(curve) > 0)
+    return bool(middle - max(first, last) > 1e-9 * np.ptp(curve) and min(falls) >= 0.1 * np.ptp(curve) > 0)
 
 # %% ../nbs/15_selection.ipynb #2c3e3f94
 class CriticalLayers(NamedTuple):
@@ -118,7 +118,7 @@ def risen(curve: Sequence[float]) -> int:
     """The first layer k >= 1 at which a curve [L + 1] is at least half-way from its value at the embeddings to its maximum above them."""
     highest = max(curve[1:])
     half = min(highest, (curve[0] + highest) / 2)  # of a curve that only falls: its maximum
-    return next(k for k in range(1, len(curve)) if curve[k] >= half)
+    return next(k for k in range(1, len(curve)) if curve[k] >= half - 1e-9)  # less what rounding may do
 
 # %% ../nbs/15_selection.ipynb #58efa151
 def _best_inside(curve: Sequence[float]) -> int:
