@@ -220,8 +220,8 @@ rule select_layers:
     log:
         f"{folder}/{{model}}/{{lang}}/select_layers.ipynb",
     params:
-        spec=study.model_dump(mode="json", include={"layers", "data"}),
-        files=lambda w: contents(study.data_files(w.lang)),
+        spec=study.model_dump(mode="json", include={"layers": True, "data": True, "evaluation": {"source", "facts"}}),
+        files=lambda w: contents([*study.data_files(w.lang), *study.evaluation.facts_files(w.lang)]),
         base=lambda w: found_base(w.model),
         code=code("nbs/experiments/select_layers.ipynb"),
     shell:
@@ -276,7 +276,7 @@ rule evaluate:
         f"{RUN}/evaluate.ipynb",
     params:
         spec=study.model_dump(mode="json", include={"evaluation", *(["data"] if INSTRUCTIONS in study.evaluation.benchmarks else [])}),
-        files=lambda w: contents(benchmark_files(w)),
+        files=lambda w: contents([*benchmark_files(w), *study.evaluation.facts_files(w.lang)]),
         base=lambda w: "" if runs[tuple(w)].method.stages else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),
     shell:

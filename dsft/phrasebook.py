@@ -91,8 +91,8 @@ def _rows(self: Phrasebook, line: Line) -> tuple[dict[str, str], dict[str, str]]
 
 # %% ../nbs/06_phrasebook.ipynb #79703ae0
 @patch
-def say(self: Phrasebook, line: Line, language: str, words: str = "", names: str = "") -> str:
-    """The line in a language; `words` is the language of its nouns and `names` that of a person's name, if not `language`."""
+def say(self: Phrasebook, line: Line, language: str, words: str = "", names: str = "", mask: str = "") -> str:
+    """The line in a language; `words` is the language of its nouns and `names` that of a person's name, if not `language`; `mask` stands in place of its value, if given."""
     subject, value = self._rows(line)
     words, gender = words or language, subject.get("gender") or "m"
     if line.kind == "value":
@@ -101,7 +101,7 @@ def say(self: Phrasebook, line: Line, language: str, words: str = "", names: str
     if subject:
         slots |= {"n": subject[names or words if subject["type"] == "person" else words], "b": _article(subject["en"])}
     if value:
-        slots |= {"v": _word(value, words, gender), "a": _article(value["en"]), "c": value.get(f"{language}_class", "")}
+        slots |= {"v": mask or _word(value, words, gender), "a": _article(value["en"]), "c": value.get(f"{language}_class", "")}
     text = self.phrasings[line.relation, line.kind][line.wording][language, gender].format(**slots)
     return text[0].upper() + text[1:]
 

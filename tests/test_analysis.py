@@ -8,7 +8,7 @@ import pytest
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
 
-from dsft.results import load_results
+from dsft.results import load_item_scores, load_results, write_csv, write_items
 from dsft.study import load_study
 
 ANALYSIS = Path(__file__).parents[1] / "nbs" / "analysis"
@@ -165,6 +165,85 @@ def test_code_switch_sweep(project):
 def test_inside(project):
     shown = analyse(project, "inside")
     assert "TFT: the English answer is likeliest at layer 2 (0.500), the target answer at layer 3 (0.900); from layer 3 on the target answer" in shown
+
+
+def test_inside_with_facts(project):
+    """Beside the questions the facts, where a study has them."""
+    (project / "params" / "asked.yaml").write_text(STUDY.split("sweeps")[0].replace("base, sft, tft, dsft_logits, dsft_feature", "base, tft"))
+    for method in ("base", "tft"):
+        copy_runs(project / "runs/wide/m/zh" / method, project / "runs/asked/m/zh" / method, {'"wide"': '"asked"'})
+    (project / "runs/asked/m/zh/layers.json").write_bytes((project / "runs/wide/m/zh/layers.json").read_bytes())
+    for file in (project / "runs/asked/m/zh/tft").glob("*/inside.json"):
+        found = json.loads(file.read_text())
+        curves = {"facts_en": [0, 0.3, 0.1, 0], "facts_tgt": [0, 0, 0.05, 0.2], "facts_en_asked_en": [0, 0.2, 0.4, 0.6]}
+        found["rows"] += [{"layer": k, "quantity": q, "value": v} for q, curve in curves.items() for k, v in enumerate(curve)]
+        file.write_text(json.dumps(found | {"facts": 200}))
+    shown = analyse(project, "inside", "asked")
+    assert "facts in Chinese, TFT: the English answer is likeliest at layer 1 (0.300), the target answer at layer 3 (0.200); from layer 3 on the target" in shown
+    assert "questions in Chinese, TFT: the English answer is likeliest at layer 2 (0.500)" in shown and "facts in Chinese, base" not in shown
+    table = pd.read_csv(project / "figures/asked/inside.csv")
+    assert table.query("quantity == 'facts_en' and layer == 1")["value"].tolist() == [0.3] * 3
+
+
+def test_entropy_of_an_older_study(project):
+    shown = analyse(project, "figure2")
+    assert "i = 1 and j = 2 (33% and 67% of the depth; LLaMA-2-7B: 6% and 47%), chosen by the entropy rule, from 900 tokens." in shown
+    table = pd.read_csv(project / "figures/wide/entropy.csv")
+    assert table["premise"].tolist() == [True] * 4 and table[["english", "target", "retrieval"]].isna().all(axis=None)
+
+
+def with_rule(project: Path, **changes) -> Path:
+    """The study `ruled`: as `asked`, with other layers.json."""
+    (project / "params" / "ruled.yaml").write_text(STUDY.split("sweeps")[0])
+    for method in ("tft", "dsft_logits"):
+        copy_runs(project / "runs/wide/m/zh" / method, project / "runs/ruled/m/zh" / method, {'"wide"': '"ruled"'})
+    layers = json.loads((project / "runs/wide/m/zh/layers.json").read_text())
+    (project / "runs/ruled/m/zh/layers.json").write_text(json.dumps(layers | changes))
+    return project
+
+
+RULES = [{"rule": "entropy", "i": 1, "j": 2, "holds": False, "rests_on": "does NOT fall twice"}, {"rule": "english", "i": 1, "j": 2, "holds": True, "rests_on": "0.3"}]
+MEASURED = {"english": [0.0, 0.01, 0.3, 0.1], "target": [0.0, 0.0, 0.02, 0.4], "retrieval": [0.1, 0.6, 0.9, 0.8], "rules": RULES}
+
+
+def test_a_rule_without_its_premise_is_marked(project, monkeypatch):
+    """In figure 2 and the tables, in what was supervised at its layers."""
+    shown = analyse(with_rule(project, **MEASURED, falls_twice=False), "figure2", "ruled")
+    assert "chosen by the entropy rule, **what it rests on does not hold here (†)**" in shown
+    assert "Asked for facts, layer 2 has the English answer likeliest, 0.300, its own at 0.020; the last layer 0.100 and 0.400." in shown
+    shown = analyse(project, "table2", "ruled")
+    note = "†: supervised at layers i and j whose rule has no ground in this model and language (m, zh)"
+    assert "| m | DSFT-logits | **70.0 ± 0.0** ▲ † |" in shown and "| m | TFT | 60.0 ± 0.0 |" in shown and note in shown
+    monkeypatch.chdir(project)
+    study, folder = load_study("ruled"), project / "figures/ruled"
+    write_csv(load_results(study), folder / "results.csv")
+    write_items(load_item_scores(study), folder / "items.parquet")
+    table = pd.read_csv(folder / "results.csv").groupby("method")[["premise", "english_at_j"]].agg(lambda column: column.dropna().unique().tolist())
+    assert table.loc["dsft_logits"].tolist() == [[False], [0.3]] and table.loc["tft"].tolist() == [[], []]
+    os.rename(project / "runs/ruled", project / "runs/elsewhere")  # from the committed tables the same
+    assert note in analyse(project, "table2", "ruled")
+    assert "**what it rests on does not hold here (†)**" in analyse(project, "figure2", "ruled")
+    os.rename(project / "runs/elsewhere", project / "runs/ruled")
+
+
+def test_a_rule_with_its_premise_is_not_marked(project):
+    shown = analyse(with_rule(project, **MEASURED, rule="english"), "figure2", "ruled")
+    assert "chosen by the english rule, from 900 tokens" in shown and "(†)" not in shown
+    assert "†" not in analyse(project, "table2", "ruled")
+    analyse(with_rule(project, **MEASURED | {"english": [], "target": []}, rule="fixed", i=1, j=3), "figure2", "ruled")
+    assert pd.read_csv(project / "figures/ruled/entropy.csv")["premise"].isna().all()
+
+
+def test_the_entropy_rule_is_judged_where_the_study_goes_by_another(project):
+    (project / "params" / "other.yaml").write_text(STUDY)
+    copy_runs(project / "runs/wide/m/zh", project / "runs/other/m/zh", {'"wide"': '"other"'})
+    layers = json.loads((project / "runs/wide/m/zh/layers.json").read_text())
+    (project / "runs/other/m/zh/layers.json").write_text(json.dumps(layers | {"rule": "fixed", "i": 2, "j": 3}))
+    assert "at the layer of the entropy rule, 2, 59.3" in analyse(project, "figure3", "other")
+    assert "the entropy rule's (i, j) = (1, 2) gives 63.3" in analyse(project, "layers", "other")
+    analyse(project, "claims", "other")
+    claims = pd.read_csv(project / "figures/other/claims.csv").set_index("claim")
+    assert claims.loc["C5a", "effect"] == pytest.approx(((54 - 37) * 2 + (70 - 55) + (54 - 48) * 2 + (70 - 65)) / 6, abs=0.02)
 
 
 def test_parallel_sentences(project):

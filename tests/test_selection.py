@@ -1,4 +1,7 @@
-"""Entropies and probabilities by the logit lens, a few rows at a time, against the plain formulas of all logits at once."""
+"""Entropies and probabilities by the logit lens, a few rows at a time, against the plain formulas of all logits at once; and the rules for the critical layers."""
+
+import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import transformers
 import dsft.backbone
 from dsft.backbone import find_backbone, hidden_states
 from dsft.inside import answer_probability
-from dsft.selection import token_entropy
+from dsft.selection import RULES, Curves, by_depth, by_english, by_entropy, by_retrieval, critical_layers, every_choice, risen, token_entropy
+from dsft.settings import Rule
 
 CASES = {  # vocabulary, final soft-cap, precision of the weights
     "large": (262_144, None, torch.float32),
@@ -79,3 +83,105 @@ def test_the_largest_buffer_is_one_chunk(monkeypatch):
     found = token_entropy(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert len(sizes) == 3 * 3 and len(set(sizes)) == 1  # 140 rows of 3 layers, 64 at a time
     assert sizes[0][1] == 2**26 and np.isfinite(found).all()
+
+
+ZEROS = [0.0] * 9
+FALLS_TWICE = [9.0, 7.0, 7.0, 7.0, 7.0, 6.0, 4.0, 2.0, 1.0]
+
+
+def curves(entropy=FALLS_TWICE, english=ZEROS, target=ZEROS, retrieval=ZEROS):
+    return Curves(entropy, english, target, retrieval)
+
+
+def test_the_rules_are_those_of_a_study_file():
+    assert tuple(RULES) == get_args(Rule)
+    assert [choice.rule for choice in every_choice(curves())] == list(RULES)
+
+
+@pytest.mark.parametrize(
+    ("curve", "layer"),
+    [
+        ([0, 0, 0, 0.55, 0.6, 0.8, 1, 0.9, 0.5], 3),  # a jump
+        ([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 4),  # a slope, half-way to the output
+        ([0.4, 0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.8, 0.8], 2),  # what parallel queries share before any layer is not counted
+        ([0.9, 0.1, 0.2, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1], 3),  # never above the embeddings: its maximum
+        ([0.5] * 9, 1),
+    ],
+)
+def test_where_a_curve_has_risen(curve, layer):
+    assert risen(curve) == layer
+
+
+@pytest.mark.parametrize(
+    ("english", "target", "retrieval", "expected"),
+    [
+        # the paper's picture: English first, the target language last
+        ([0, 0, 0, 0.01, 0.1, 0.3, 0.2, 0.1, 0.01], [0, 0, 0, 0, 0, 0.01, 0.1, 0.3, 0.6], [0, 0.1, 0.6, 0.7, 0.8, 0.9, 0.8, 0.7, 0.6], (2, 5, True)),
+        # a plateau: its first layer
+        ([0, 0, 0, 0.2, 0.2, 0.2, 0.1, 0, 0], ZEROS, [0, 0, 1, 1, 1, 1, 1, 1, 1], (2, 3, True)),
+        # retrieval rises at j or later: one layer apart
+        ([0, 0, 0, 0.2, 0.1, 0, 0, 0, 0], ZEROS, [0, 0, 0, 0, 0, 0, 0, 1, 1], (2, 3, True)),
+        # likeliest at the embeddings, in layer 1 or at the output, which are no places for j
+        ([0.9, 0.9, 0.1, 0.2, 0.1, 0, 0, 0, 0.1], ZEROS, [0, 1, 1, 1, 1, 1, 1, 1, 1], (1, 3, True)),
+        ([0, 0, 0, 0, 0, 0, 0.1, 0.2, 0.9], ZEROS, [0, 1, 1, 1, 1, 1, 1, 1, 1], (1, 7, False)),
+        # the target answer is the likelier one there
+        ([0, 0, 0, 0, 0.2, 0, 0, 0, 0], [0, 0, 0, 0, 0.3, 0.4, 0.5, 0.6, 0.7], [0, 1, 1, 1, 1, 1, 1, 1, 1], (1, 4, False)),
+        # nothing to read anywhere
+        (ZEROS, ZEROS, ZEROS, (1, 2, False)),
+    ],
+)
+def test_the_english_rule(english, target, retrieval, expected):
+    assert by_english(curves(english=english, target=target, retrieval=retrieval))[1:4] == expected
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "expected"),
+    [
+        ([0.0, 0.1, 0.2, 0.5, 0.6, 0.7, 0.9, 0.8, 0.3], (3, 6, True)),
+        ([0.0, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9], (1, 2, True)),  # ties: the lowest
+        ([0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 1.0], (6, 7, True)),  # i and j one layer apart; best at the output, which does not count
+        ([0.5, 0.4, 0.3, 0.45, 0.3, 0.2, 0.1, 0.1, 0.1], (2, 3, False)),  # it only falls
+    ],
+)
+def test_the_retrieval_rule(retrieval, expected):
+    assert by_retrieval(curves(retrieval=retrieval))[1:4] == expected
+
+
+@pytest.mark.parametrize(
+    ("entropy", "premise"),
+    [
+        (FALLS_TWICE, True),
+        ([0.0, *FALLS_TWICE[1:]], False),  # tied embeddings: the lens reads the input token back
+        ([0.0, 0.0, 7.0, 7.0, 7.0, 6.0, 4.0, 2.0, 1.0], False),
+        ([0.3, 9.0, 6.0, 6.0, 6.0, 6.0, 4.0, 2.0, 0.1], False),  # as good as zero
+        ([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], False),  # falls once
+        ([5.0] * 9, False),
+    ],
+)
+def test_what_the_entropy_rule_rests_on(entropy, premise):
+    choice, found = by_entropy(curves(entropy)), critical_layers(entropy)
+    assert (choice.i, choice.j, choice.holds) == (found.i, found.j, premise)
+    assert ("reads the input token back" in choice.rests_on) == (entropy[0] < 1)
+
+
+def test_the_depth_rule():
+    found = {top: by_depth(curves([0.0] * (top + 1)))[1:4] for top in range(3, 101)}
+    assert found[32] == (2, 15, True) and found[18] == (1, 8, True) and found[26] == (2, 12, True) and found[80] == (5, 38, True)
+    assert all(1 <= i < j < top for top, (i, j, _) in found.items())
+
+
+@pytest.mark.parametrize("top", [3, 4, 5, 6])
+def test_every_rule_keeps_within_the_smallest_models(top):
+    for highest in itertools.product(range(top + 1), repeat=3):
+        peaked = [[1.0 if k == peak else 0.1 * (k % 2) for k in range(top + 1)] for peak in highest]
+        for choice in every_choice(Curves(*peaked[:2], [0.0] * (top + 1), peaked[2])):
+            assert 1 <= choice.i < choice.j < top, (choice, highest)
+
+
+def test_no_room_for_two_inner_layers():
+    with pytest.raises(ValueError, match="2 layers leave no room"):
+        every_choice(Curves([3.0, 2.0, 1.0], [0.0] * 3, [0.0] * 3, [0.0] * 3))
+
+
+def test_without_answers_there_is_no_english_rule():
+    assert [choice.rule for choice in every_choice(curves(english=[], target=[]))] == ["entropy", "retrieval", "depth"]
