@@ -11,6 +11,7 @@ __all__ = ['RawRow', 'Item', 'LONGEST', 'MKQA_LANG', 'MKQA_TYPES', 'YES_NO', 'ST
 
 # %% ../nbs/21_benchmark_items.ipynb #e24f3fa6
 import gzip
+import hashlib
 import json
 import reprlib
 import zlib
@@ -19,11 +20,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
 
-from .files import ParamsError, project_root
+from .files import ParamsError, located
 from .languages import check_language
 from .metrics import BENCHMARKS, TRANSLATION
 from .prompts import benchmark_wording
@@ -271,7 +272,7 @@ def _file(name: str, lang: str, params: EvalParams) -> Path:
     """The file of a benchmark in one language, as messages name it: relative to the project's root."""
     place = {"lang": lang, "split": chosen_split(name, params), "code": FLORES_CODES.get(lang, lang)}
     known = [f"{name}/{pattern.format(**place)}" for pattern in SOURCES[name].files]
-    found = next((path for path in known if (project_root() / params.data_dir / path).is_file()), None)
+    found = next((path for path in known if (located(params.data_dir, "evaluation.data_dir") / path).is_file()), None)
     if found is None:
         needs = f"{BENCHMARKS[name].title} in {lang!r} needs the file {' or '.join(known)}"
         raise MissingFile(f"{params.data_dir}: {needs}; add it, or drop the benchmark or language")
@@ -282,7 +283,7 @@ def _from_files(name: str, lang: str, params: EvalParams) -> tuple[str, list[Raw
     """The file of a benchmark in one language, as it is named in messages, and its rows."""
     shown = _file(name, lang, params)
     try:
-        content = (project_root() / shown).read_bytes()
+        content = located(shown).read_bytes()
         text = (gzip.decompress(content) if shown.suffix == ".gz" else content).decode("utf-8")
         if text.startswith("\ufeff"):
             raise BrokenRow("begins with a byte order mark; save it as UTF-8 without one")
@@ -376,6 +377,12 @@ def _drawn(items: list[Item], count: int | None) -> list[Item]:
     chosen = {item["id"] for item in ranked[:count]}
     return [item for item in items if item["id"] in chosen]
 
+# %% ../nbs/21_benchmark_items.ipynb #075814c9
+def _of_part(items: list[Item], part: Literal["all", "test", "dev"]) -> list[Item]:
+    """The items of one part of a benchmark."""
+    is_dev = lambda item: hashlib.sha256(f"{BENCHMARK_SEED}/{item['id']}".encode()).digest()[0] % 4 == 0
+    return items if part == "all" else [item for item in items if is_dev(item) == (part == "dev")]
+
 # %% ../nbs/21_benchmark_items.ipynb #9b9ef4c6
 def load_items(name: str, lang: str, params: EvalParams) -> list[Item]:
     """The items of a real benchmark in one language (or direction of translation), checked; `row` is each item's row as it was found.
@@ -389,7 +396,7 @@ def load_items(name: str, lang: str, params: EvalParams) -> list[Item]:
     if broken:
         print(f"{shown}: {len(broken)} of {len(rows)} rows left out, the first because of {broken[0]}")
     _check_languages(shown, items, lang)
-    return _drawn(items, params.items)
+    return _drawn(_of_part(items, params.part), params.items)
 
 # %% ../nbs/21_benchmark_items.ipynb #42f412e8
 def load_benchmark(name: str, lang: str, params: EvalParams) -> dict[str, list[Item]]:
@@ -409,7 +416,7 @@ def load_benchmark(name: str, lang: str, params: EvalParams) -> dict[str, list[I
 # %% ../nbs/21_benchmark_items.ipynb #add8dacd
 def check_benchmarks(params: EvalParams, langs: Sequence[str]) -> None:
     """Raise ParamsError, one line, at the first thing that an evaluation in these languages lacks: its wording, and its items in source "files"."""
-    if params.source == "files" and not (project_root() / params.data_dir).is_dir():
+    if params.source == "files" and not located(params.data_dir, "evaluation.data_dir").is_dir():
         raise ParamsError(f"evaluation.data_dir = {params.data_dir!r}: no such folder; paths are relative to the project's root")
     for name, lang in product(params.benchmarks, langs) if params.source != "microcosm" else ():
         for direction in directions(name, lang) if "dsft" in params.prompt else ():

@@ -24,7 +24,7 @@ import regex
 from datasets import Dataset, load_dataset
 from scipy.stats import spearmanr
 
-from .files import ParamsError, from_hub, project_root
+from .files import ParamsError, from_hub, located
 from .languages import check_language, foreign
 from .settings import DataParams, Fields, Table
 
@@ -97,7 +97,7 @@ def open_file(table: Table, field: str) -> tuple[Dataset, list[str]]:
 
     Raises `ParamsError`, one line, when it is not there or unreadable.
     """
-    path = project_root() / table.path
+    path = located(table.path, field)
     if not path.is_file():
         raise ParamsError(f"{field} = {table.path!r}: no such file; paths are relative to the project's root")
     kind = "parquet" if path.suffix == ".parquet" else "json"

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'HARNESS', 'MICROCOSM_ITEMS', 'f1_results', 'mkqa_results', 'mc1_results', 'chrf_results', 'corpus_chrf',
-           'to_prompt', 'answer_delimiter', 'harness_file', 'harness_prompt', 'Task', 'task_config', 'write_tasks',
-           'evaluate']
+           'to_prompt', 'answer_delimiter', 'harness_file', 'harness_prompt', 'Task', 'task_config', 'task_rows',
+           'write_tasks', 'evaluate']
 
 # %% ../nbs/23_tasks.ipynb #864265c0
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -182,7 +182,8 @@ def _microcosm_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str],
     """The rows of a generated benchmark by direction and prompt. Raises ParamsError for more items than it has."""
     asked_in, template = directions(name, lang), TEMPLATES[study.data.template]
     try:
-        items = World().benchmark(name, study.evaluation.items or MICROCOSM_ITEMS, BENCHMARK_SEED) if asked_in else []
+        split = "dev" if study.evaluation.part == "dev" else "test"
+        items = World().benchmark(name, study.evaluation.items or MICROCOSM_ITEMS, BENCHMARK_SEED, split) if asked_in else []
     except ValueError as error:
         raise ParamsError(f"evaluation: the microcosm cannot make {name}: {error}") from None
     return {(direction, "dsft"): [_microcosm_row(item, direction, template) for item in items] for direction in asked_in}
@@ -213,21 +214,27 @@ def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]
         config["generation_kwargs"] = {"until": [stop], "max_gen_toks": longest, "do_sample": False}
     return config
 
+# %% ../nbs/23_tasks.ipynb #619a3050
+def task_rows(study: Study, lang: str) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
+    """Benchmark, direction, prompt and rows of all that a study asks in one language; what there is nothing to ask of is left out, with a printed line.
+
+    Raises `ParamsError`, one line, for benchmark files that are missing or broken (see dsft.benchmark_items).
+    """
+    rows_of = _microcosm_rows if study.evaluation.source == "microcosm" else _real_rows
+    for name in study.evaluation.benchmarks:
+        for (direction, prompt), rows in rows_of(name, lang, study).items():
+            yield name, direction, prompt, rows
+
 # %% ../nbs/23_tasks.ipynb #05f3cc8a
 def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
-    """Write the study's benchmarks in one language as lm-eval tasks; what there is nothing to ask of is left out, with a printed line.
-
-    `delimiter` as in `task_config`. Raises `ParamsError`, one line, for benchmark files that are missing or broken (see dsft.benchmark_items).
-    """
+    """Write the study's benchmarks in one language as lm-eval tasks. `delimiter` as in `task_config`; errors and what is left out as in `task_rows`."""
     tasks = []
-    for name in study.evaluation.benchmarks:
-        rows_of = _microcosm_rows if study.evaluation.source == "microcosm" else _real_rows
-        for (direction, prompt), rows in rows_of(name, lang, study).items():
-            task = Task(name, direction, prompt, study.folder("benchmarks", lang))
-            write_jsonl(task.rows_file, rows)
-            with replacing(task.folder / f"{task.name}.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(task_config(task, study, delimiter), allow_unicode=True), encoding="utf-8")
-            tasks.append(task)
+    for name, direction, prompt, rows in task_rows(study, lang):
+        task = Task(name, direction, prompt, study.folder("benchmarks", lang))
+        write_jsonl(task.rows_file, rows)
+        with replacing(task.folder / f"{task.name}.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(task_config(task, study, delimiter), allow_unicode=True), encoding="utf-8")
+        tasks.append(task)
     return tasks
 
 # %% ../nbs/23_tasks.ipynb #9bea1d37
