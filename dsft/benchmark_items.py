@@ -21,12 +21,12 @@ from functools import partial
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import regex
 from datasets import Dataset, load_dataset
 
-from .files import ParamsError, lines_of, project_root, unwritable_cache
+from .files import ParamsError, lines_of, located, unwritable_cache
 from .languages import check_language
 from .metrics import BENCHMARKS, TRANSLATION
 from .prompts import benchmark_wording, is_blank
@@ -289,7 +289,7 @@ def _file(name: str, lang: str, params: EvalParams, split: str) -> Path:
     """The file of a split of a benchmark in one language, as messages name it: relative to the project's root."""
     place = {"lang": lang, "split": split, "code": FLORES_CODES.get(lang, lang)}
     known = [f"{name}/{pattern.format(**place)}" for pattern in SOURCES[name].files]
-    found = next((path for path in known if (project_root() / params.data_dir / path).is_file()), None)
+    found = next((path for path in known if (located(params.data_dir, "evaluation.data_dir") / path).is_file()), None)
     if found is None:
         needs = f"{BENCHMARKS[name].title} in {lang!r} needs the file {' or '.join(known)}"
         raise MissingFile(f"{params.data_dir}: {needs}; add it, or drop the benchmark or language")
@@ -300,7 +300,7 @@ def _from_files(name: str, lang: str, params: EvalParams, split: str) -> tuple[s
     """The file of a split of a benchmark in one language, as it is named in messages, and its rows."""
     shown = _file(name, lang, params, split)
     try:
-        content = (project_root() / shown).read_bytes()
+        content = located(shown).read_bytes()
         text = (gzip.decompress(content) if shown.suffix == ".gz" else content).decode("utf-8")
         if text.startswith("\ufeff"):
             raise BrokenRow("begins with a byte order mark; save it as UTF-8 without one")
@@ -405,6 +405,12 @@ def _drawn(items: list[Item], count: int | None) -> list[Item]:
     chosen = {item["id"] for item in ranked[:count]}
     return [item for item in items if item["id"] in chosen]
 
+# %% ../nbs/21_benchmark_items.ipynb #075814c9
+def _of_part(items: list[Item], part: Literal["all", "test", "dev"]) -> list[Item]:
+    """The items of one part of a benchmark."""
+    is_dev = lambda item: hashlib.sha256(f"{BENCHMARK_SEED}/{item['id']}".encode()).digest()[0] % 4 == 0
+    return items if part == "all" else [item for item in items if is_dev(item) == (part == "dev")]
+
 # %% ../nbs/21_benchmark_items.ipynb #9b9ef4c6
 def load_items(name: str, lang: str, params: EvalParams, split: str | None = None) -> list[Item]:
     """The items of a real benchmark in one language (or direction of translation), checked; `row` is each item's row as it was found.
@@ -421,7 +427,7 @@ def load_items(name: str, lang: str, params: EvalParams, split: str | None = Non
     if broken:
         print(f"{shown}: {len(broken)} of {len(rows)} rows left out, the first because of {broken[0]}")
     _check_languages(shown, items, lang)
-    return _drawn(items, None if split else params.items)
+    return items if split else _drawn(_of_part(items, params.part), params.items)
 
 # %% ../nbs/21_benchmark_items.ipynb #42f412e8
 def load_benchmark(name: str, lang: str, params: EvalParams) -> dict[str, list[Item]]:
@@ -457,7 +463,7 @@ def load_shots(name: str, lang: str, params: EvalParams, items: list[Item]) -> t
 # %% ../nbs/21_benchmark_items.ipynb #add8dacd
 def check_benchmarks(params: EvalParams, langs: Sequence[str]) -> None:
     """Raise ParamsError, one line, at the first thing that an evaluation in these languages lacks: its wording, and its items in source "files"."""
-    if params.source == "files" and not (project_root() / params.data_dir).is_dir():
+    if params.source == "files" and not located(params.data_dir, "evaluation.data_dir").is_dir():
         raise ParamsError(f"evaluation.data_dir = {params.data_dir!r}: no such folder; paths are relative to the project's root")
     names = [name for name in params.benchmarks if name in SOURCES and params.source != "microcosm"]
     for name, lang in product(names, langs):

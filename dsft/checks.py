@@ -13,7 +13,7 @@ from fastcore.script import call_parse
 
 from .benchmark_items import check_benchmarks
 from .data import parallel_rows
-from .files import ParamsError, project_root
+from .files import ParamsError, located
 from .inside import parallel_clozes
 from .study import Study, load_study
 from .tables import read_table
@@ -31,9 +31,10 @@ def _named_paths(value: Any, field: str) -> dict[str, str]:
 def absent_files(study: Study) -> dict[str, str]:
     """Field of the study -> path of a data file that it names and that is not there."""
     needed = {f"data.files.{lang}": table.path for lang, table in study.data.files.items() if table.path}
+    needed |= {f"models.{name}.gguf": model.gguf for name, model in study.models.items() if model.gguf and not Path(study.source(name)).exists()}
     if study.data.source == "files":
         needed |= _named_paths({recipe: study.recipes.get(recipe, {}) for method in study.every_method.values() for recipe in method.recipes}, "recipes")
-    return {field: path for field, path in needed.items() if not (project_root() / path).is_file()}
+    return {field: path for field, path in needed.items() if not located(path, field).is_file()}
 
 # %% ../nbs/27_checks.ipynb #9ae7ad91
 def check_data(study: Study) -> None:
@@ -75,7 +76,7 @@ def check(
         check_recipes(loaded)
         absent = absent_files(loaded)
         for field, path in absent.items():
-            if field.startswith("data.") and not plan:  # of its own files a recipe knows which it needs, and says so below
+            if not field.startswith("recipes.") and not plan:  # of its own files a recipe knows which it needs, and says so below
                 raise ParamsError(f"{field} = {path!r}: no such file; paths are relative to the project's root")
         if not absent or not plan:
             check_data(loaded)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import regex
 
-from .files import ParamsError, project_root, read_lines
+from .files import ParamsError, located, read_lines
 from .languages import is_unspaced
 
 # %% ../nbs/18_code_switching.ipynb #7c630ea8
@@ -26,7 +26,7 @@ def text_lines(file: Path, field: str) -> list[str]:
 # %% ../nbs/18_code_switching.ipynb #ad8f66c1
 def read_dictionary(path: str, field: str) -> dict[str, str]:
     """English word (lower case) -> target word, the first one of each. Raises `ParamsError` for a file that is not there or has another shape."""
-    file = project_root() / path
+    file = located(path, field)
     if not file.is_file():
         raise ParamsError(f"{field} = {path!r}: no such file; give an English and a target word a line, as in MUSE's dictionaries")
     words: dict[str, str] = {}

@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'token_probability', 'answer_probability', 'pooled_states', 'retrieval', 'cosine_gap',
-           'similarity_curves', 'parallel_questions', 'Question', 'tokenize_question', 'language_curves', 'look_inside']
+           'similarity_curves', 'parallel_questions', 'read_clozes', 'parallel_clozes', 'before_mask', 'first_tokens',
+           'Question', 'tokenize_question', 'distinct', 'tokenize_clozes', 'language_curves', 'base_curves',
+           'look_inside']
 
 # %% ../nbs/16_inside.ipynb #ab348c0f
 from collections.abc import Iterator, Sequence
@@ -19,8 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone, hidden_states
 from .data import prompt_ids, text_ids
-from .files import read_rows
+from .files import ParamsError, read_rows
 from .metrics import BENCHMARKS
+from .microcosm import MASK, World
+from .phrasebook import LANGUAGES
 from .study import Study
 
 # %% ../nbs/16_inside.ipynb #df5a6f0d
@@ -32,8 +36,8 @@ def _batches(rows: Sequence[Sequence[int]], size: int, device: torch.device) -> 
 
 # %% ../nbs/16_inside.ipynb #71bb01b2
 def token_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """softmax(logits) at `tokens`: [N, A] for logits [N, vocab_size] and token ids [N, A]."""
-    return logits.log_softmax(-1).gather(1, tokens).exp()
+    """softmax(logits) at `tokens`: [N, A] for logits [N, vocab_size] and token ids [N, A]; 0 for the id -1, which is no token."""
+    return logits.log_softmax(-1).gather(1, tokens.clamp(min=0)).exp() * (tokens >= 0)
 
 # %% ../nbs/16_inside.ipynb #9d96a55e
 @torch.no_grad()
@@ -41,7 +45,7 @@ def answer_probability(model: nn.Module, prompts: Sequence[Sequence[int]], answe
     """Probability of each answer token by the logit lens at the last token of its prompt, [N prompts, L + 1 layers, A answers].
 
     `prompts` are token ids; `answers` holds for each prompt the A token ids to look for, such as the first token of the answer in English and
-    in the target language. Layer 0 is the embeddings, layer L the model's own output.
+    in the target language, or -1 where there is none. Layer 0 is the embeddings, layer L the model's own output.
     """
     backbone = find_backbone(model)
     device, depths = backbone.lm_head.weight.device, range(backbone.num_hidden_layers + 1)
@@ -115,20 +119,85 @@ def parallel_questions(study: Study, lang: str, limit: int) -> tuple[str, list[d
             return name, [{"tgt": tgt[key], "en": en[key]} for key in both[:limit]]
     return "", []
 
+# %% ../nbs/16_inside.ipynb #c0a4c507
+def read_clozes(file: Path) -> list[dict[str, str]]:
+    """The rows of a TSV whose first two columns are Prompt, a sentence with one MASK, and Ans: `prompt` and `answer` of each.
+
+    Raises `ParamsError`, one line, for a file that is not like this.
+    """
+    header, *lines = [line.rstrip("\r").split("\t") for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()] or [[]]
+    if header[:2] != ["Prompt", "Ans"]:
+        raise ParamsError(f"{file}: the first line must name the columns, beginning with Prompt and Ans; replace the file")
+    for n, cells in enumerate(lines, start=2):
+        if cells[0].count(MASK) != 1 or not "".join(cells[1:2]).strip():
+            raise ParamsError(f"{file}: line {n}: must be a sentence with one {MASK}, and its answer; correct it, in all languages")
+    return [{"prompt": cells[0], "answer": cells[1].strip()} for cells in lines]
+
+# %% ../nbs/16_inside.ipynb #43b58048
+def parallel_clozes(study: Study, lang: str) -> list[dict[str, dict[str, str]]]:
+    """The study's cloze facts as {"tgt": row, "en": row}, rows of `prompt` (with MASK) and `answer`; empty where there are none in both languages.
+
+    Raises `ParamsError`, one line, for files that are broken or of different lengths.
+    """
+    if files := study.evaluation.facts_files(lang):
+        en, tgt = map(read_clozes, files)
+        if len(en) != len(tgt):
+            raise ParamsError(f"{files[1]}: {len(tgt)} facts, {files[0].name} has {len(en)}; they must be parallel by row")
+    else:
+        own = study.evaluation.source == "microcosm" and not study.evaluation.facts and lang in LANGUAGES
+        items = World().clozes() if own else []
+        en, tgt = ([item[language] for item in items] for language in ("en", lang))
+    return [{"tgt": one, "en": other} for one, other in zip(tgt, en)]
+
+# %% ../nbs/16_inside.ipynb #c3c17a6f
+def before_mask(sentence: str) -> str | None:
+    """What stands before the MASK of a sentence, without the space at its end; None where that is nothing, or more than punctuation follows."""
+    before, after = sentence.split(MASK)
+    return None if any(letter.isalnum() for letter in after) else before.rstrip() or None
+
+# %% ../nbs/16_inside.ipynb #ff535d67
+def first_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ...]:
+    """The tokens that an answer may begin with in the middle of a text: of the answer by itself and after a space, the first that is more than space."""
+    texts = text_ids(tokenizer, [answer, f" {answer}"])
+    return tuple(dict.fromkeys(next((token for token in ids if tokenizer.decode([token]).strip()), ids[0]) for ids in texts))
+
 # %% ../nbs/16_inside.ipynb #81c881cf
 class Question(NamedTuple):
-    """A question of a benchmark as token ids."""
+    """A question of a benchmark, or a fact to be completed, as token ids."""
 
     prompt: list[int]
-    first: int  # the first token of its answer
+    first: tuple[int, ...]  # the tokens that its answer may begin with
 
 
 def tokenize_question(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], longest: int) -> Question:
     """`row` has `prompt` and `answers`; of the prompt the last `longest` tokens are kept."""
     (prompt,), (answer,) = prompt_ids(tokenizer, [row["prompt"]]), text_ids(tokenizer, row["answers"][:1])
-    return Question(prompt[-longest:], answer[0])
+    return Question(prompt[-longest:], (answer[0],))
+
+# %% ../nbs/16_inside.ipynb #2a4e4543
+def distinct(questions: Sequence[dict[str, Question]]) -> list[dict[str, Question]]:
+    """Of parallel questions {"tgt", "en"} those whose two answers cannot begin with the same token."""
+    return [q for q in questions if not set(q["en"].first) & set(q["tgt"].first)]
+
+
+def tokenize_clozes(tokenizer: PreTrainedTokenizerBase, clozes: Sequence[dict[str, dict[str, str]]], limit: int) -> list[dict[str, Question]]:
+    """Up to `limit` of the cloze facts {"tgt", "en"} (`parallel_clozes`) that end with their mask in both languages and have `distinct` answers."""
+    asked: dict[str, dict[str, Question]] = {}  # by the target-language prompt
+    for fact in clozes:
+        cut = {side: before_mask(row["prompt"]) for side, row in fact.items()}
+        if all(cut.values()) and cut["tgt"] not in asked:
+            asked[cut["tgt"]] = {side: Question(prompt_ids(tokenizer, [cut[side]])[0], first_tokens(tokenizer, row["answer"])) for side, row in fact.items()}
+    usable = distinct(list(asked.values()))
+    count = min(limit, len(usable))
+    return [usable[n * len(usable) // count] for n in range(count)]
 
 # %% ../nbs/16_inside.ipynb #fd90ccf2
+def _answer_ids(questions: Sequence[dict[str, Question]], side: str) -> list[list[int]]:
+    """The first tokens of the answers, [N, A], filled up with -1."""
+    most = max(len(q[side].first) for q in questions)
+    return [[*q[side].first, *[-1] * (most - len(q[side].first))] for q in questions]
+
+
 def language_curves(model: nn.Module, questions: Sequence[dict[str, Question]]) -> dict[str, np.ndarray]:
     """Mean `answer_probability` over parallel questions {"tgt", "en"} at each layer, [L + 1] each; none where there are no questions.
 
@@ -136,29 +205,51 @@ def language_curves(model: nn.Module, questions: Sequence[dict[str, Question]]) 
     """
     if not questions:
         return {}
-    answers = [(q["en"].first, q["tgt"].first) for q in questions]
-    asked = {side: answer_probability(model, [q[side].prompt for q in questions], answers).mean(0) for side in ("tgt", "en")}
-    return {"en": asked["tgt"][:, 0], "tgt": asked["tgt"][:, 1], "en_asked_en": asked["en"][:, 0]}
+    en, tgt = (_answer_ids(questions, side) for side in ("en", "tgt"))
+    answers = [one + other for one, other in zip(en, tgt)]
+    asked = {side: answer_probability(model, [q[side].prompt for q in questions], answers) for side in ("tgt", "en")}
+    split = len(en[0])
+    curves = {"en": asked["tgt"][..., :split], "tgt": asked["tgt"][..., split:], "en_asked_en": asked["en"][..., :split]}
+    return {name: probability.sum(-1).mean(0) for name, probability in curves.items()}
+
+# %% ../nbs/16_inside.ipynb #58369e42
+def base_curves(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, study: Study, lang: str, examples: dict[str, list[str]], limit: int = 200
+) -> tuple[str, dict[str, list[float]]]:
+    """What is asked, in words, and three fields of `dsft.selection.Curves`: `english` and `target`, empty where no two answers differ, and `retrieval`.
+
+    `examples` are parallel ones, texts in the columns x_tgt, y_tgt, x_en, y_en; their queries are what `retrieval` is about.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None) or 2048
+    row = lambda side, n: {"prompt": examples[f"x_{side}"][n], "answers": [examples[f"y_{side}"][n]]}
+    queries = [{side: tokenize_question(tokenizer, row(side, n), longest) for side in ("tgt", "en")} for n in range(len(examples["x_en"]))]
+    facts = tokenize_clozes(tokenizer, parallel_clozes(study, lang), limit)
+    questions = facts or distinct(queries)
+    asked = language_curves(model, questions) or {"en": np.empty(0), "tgt": np.empty(0)}
+    en, tgt = (pooled_states(model, [query[side].prompt for query in queries]) for side in ("en", "tgt"))
+    curves = {"english": asked["en"], "target": asked["tgt"], "retrieval": np.array(similarity_curves(en, tgt)["retrieval"])}
+    return f"{len(questions)} {'cloze facts' if facts else 'training examples'}", {name: curve.astype(float).tolist() for name, curve in curves.items()}
 
 # %% ../nbs/16_inside.ipynb #63df861d
 def look_inside(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, study: Study, lang: str, limit: int = 200
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What can be read inside a model on the study's parallel questions in `lang` and English.
+    """What can be read inside a model on the study's parallel questions and cloze facts in `lang` and English, up to `limit` of each.
 
-    Returns {benchmark, items, distinct, rows}, with rows of layer, quantity and value: those of `language_curves` over the `distinct` items whose
-    two answers begin differently, and those of `similarity_curves`. And the pooled states for pictures: en and tgt, float16 [N, 2, hidden_size],
-    of the middle and the last layer.
+    Returns {benchmark, items, distinct, facts, rows}, with rows of layer, quantity and value: those of `language_curves` over the `distinct` items whose
+    two answers begin differently, those of `similarity_curves` over all items, and with the prefix facts_ those of `language_curves` over the `facts`. And the pooled states for
+    pictures: en and tgt, float16 [N, 2, hidden_size], of the middle and the last layer; none where there are no items.
     """
     name, items = parallel_questions(study, lang, limit)
-    if not items:
-        return {"benchmark": name, "items": 0, "distinct": 0, "rows": []}, {}
     longest = getattr(model.config, "max_position_embeddings", None) or 2048
     questions = [{side: tokenize_question(tokenizer, row, longest) for side, row in item.items()} for item in items]
-    distinct = [q for q in questions if q["en"].first != q["tgt"].first]
-    states = {side: pooled_states(model, [q[side].prompt for q in questions]) for side in ("tgt", "en")}
-    curves = language_curves(model, distinct) | similarity_curves(states["en"], states["tgt"])
+    differing, facts = distinct(questions), tokenize_clozes(tokenizer, parallel_clozes(study, lang), limit)
+    curves, pooled = language_curves(model, differing), {}
+    if items:
+        states = {side: pooled_states(model, [q[side].prompt for q in questions]) for side in ("tgt", "en")}
+        curves |= similarity_curves(states["en"], states["tgt"])
+        top = states["en"].shape[1] - 1
+        pooled = {side: torch.from_numpy(h[:, [top // 2, top]]).half().contiguous() for side, h in states.items()}
+    curves |= {f"facts_{quantity}": curve for quantity, curve in language_curves(model, facts).items()}
     rows = [{"layer": k, "quantity": q, "value": round(float(v), 6)} for q, curve in curves.items() for k, v in enumerate(curve)]
-    top = states["en"].shape[1] - 1
-    pooled = {side: torch.from_numpy(h[:, [top // 2, top]]).half().contiguous() for side, h in states.items()}
-    return {"benchmark": name, "items": len(items), "distinct": len(distinct), "rows": rows}, pooled
+    return {"benchmark": name, "items": len(items), "distinct": len(differing), "facts": len(facts), "rows": rows}, pooled

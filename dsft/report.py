@@ -35,7 +35,7 @@ TABLE_COLUMNS = ["model", "method", "dataset", "lang", "metric", "value", "sd", 
 
 # %% ../nbs/26_report.ipynb #f606dc81
 def summarise(results: pd.DataFrame, published_as: dict[str, str | None] | None = None) -> pd.DataFrame:
-    """Mean and sample standard deviation over seeds of every cell, with the columns `TABLE_COLUMNS`, then `target`, `chance`, `title` and `role`.
+    """Mean and sample standard deviation over seeds of every cell, with the columns `TABLE_COLUMNS`, then `target`, `chance`, `title`, `role` and `premise`.
 
     `published_as` maps a model of ours to the paper's model whose numbers belong beside it; without one `published` is NaN. `sd`
     is NaN for one seed. Raises ParamsError when the seeds of a cell were tested on different numbers of items.
@@ -49,6 +49,7 @@ def summarise(results: pd.DataFrame, published_as: dict[str, str | None] | None 
         chance=("chance", "max"),
         title=("title", "first"),
         role=("role", "first"),
+        premise=("premise", "first"),
     )
     for row in table[table["fewest"] < table["items"]].itertuples():
         cell = f"{row.model}/{row.target}/{row.method}, {row.dataset} in {row.lang}"
@@ -56,7 +57,7 @@ def summarise(results: pd.DataFrame, published_as: dict[str, str | None] | None 
     key = table["model"].map(published_as or {})
     numbers = published_numbers().rename(columns={"model": "paper_model"})
     table = table.assign(paper_model=key.astype(object)).merge(numbers, how="left", on=["paper_model", *CELL[2:]])
-    return in_order(table)[[*TABLE_COLUMNS, "target", "chance", "title", "role"]]
+    return in_order(table)[[*TABLE_COLUMNS, "target", "chance", "title", "role", "premise"]]
 
 # %% ../nbs/26_report.ipynb #53c69641
 def _number(value: float, metric: str) -> str:
@@ -115,10 +116,16 @@ def _best(summary: pd.DataFrame) -> pd.Series:
     return (tuned == column.transform("max")) & (tuned > column.transform("min"))
 
 # %% ../nbs/26_report.ipynb #ff33e3ce
+def _unmet(summary: pd.DataFrame) -> pd.Series:
+    """Whether a row's method was supervised at layers by a rule whose premise does not hold (`dsft.results.with_layers`)."""
+    return summary["premise"].eq(False).fillna(False).astype(bool)
+
+
 def _marks(summary: pd.DataFrame, comparison: pd.DataFrame | None) -> list[str]:
-    """An arrow for each row of the summary whose method differs significantly from the baseline."""
+    """For each row of the summary an arrow if its method differs significantly from the baseline, and a dagger if what its layers rest on is missing."""
     sure = {} if comparison is None else comparison[comparison["p_holm"] < 0.05].set_index(CELL)["difference"].to_dict()
-    return ["" if (d := sure.get(tuple(row))) is None else " ▲" if d > 0 else " ▼" for row in summary[CELL].itertuples(index=False)]
+    arrows = ["" if (d := sure.get(tuple(row))) is None else " ▲" if d > 0 else " ▼" for row in summary[CELL].itertuples(index=False)]
+    return [arrow + (" †" if unmet else "") for arrow, unmet in zip(arrows, _unmet(summary))]
 
 # %% ../nbs/26_report.ipynb #afa36764
 def _text(row) -> str:
@@ -131,7 +138,7 @@ def _text(row) -> str:
 def paper_layout(summary: pd.DataFrame, comparison: pd.DataFrame | None = None) -> str:
     """A summary as the paper prints it (Markdown): methods down, datasets and languages across, `mean ± sd`, the best fine-tuned
     method of a model and column in bold, ▲ or ▼ where `comparison` finds it significantly (Holm) above or below the baseline,
-    [published] beside it. A cell without runs is a dash."""
+    † where it was supervised at layers whose rule's premise does not hold, [published] beside it. A cell without runs is a dash."""
     if summary.empty:
         return ""
     cells = summary.assign(mark=_marks(summary, comparison), best=_best(summary))
@@ -163,7 +170,7 @@ def _chance(summary: pd.DataFrame) -> str:
 
 # %% ../nbs/26_report.ipynb #00c060e6
 def caption(summary: pd.DataFrame, published_as: dict[str, str | None] | None = None, comparison: pd.DataFrame | None = None) -> str:
-    """What a reader must know beside `paper_layout`: units, seeds, items, chance levels, and what arrows and brackets are."""
+    """What a reader must know beside `paper_layout`: units, seeds, items, chance levels, and what arrows, daggers and brackets are."""
     if summary.empty:
         return "The study has no such benchmarks."
     text = f"{_measured(summary)}{_chance(summary)} Bold: the best fine-tuned method of a model and column."
@@ -171,6 +178,9 @@ def caption(summary: pd.DataFrame, published_as: dict[str, str | None] | None = 
         title = dict(zip(summary["method"], summary["title"]))
         baseline = _best_of(title[name] for name in comparison["baseline"].unique())
         text += f" ▲ ▼: above or below {baseline} (p < 0.05, paired hierarchical bootstrap over seeds and items, Holm's correction over the table)."
+    if len(doubtful := summary[_unmet(summary)]):
+        where = "; ".join(f"{model}, {' '.join(cells['target'].unique())}" for model, cells in doubtful.groupby("model", sort=False))
+        text += f" †: supervised at layers i and j whose rule has no ground in this model and language ({where}); figure 2 shows why."
     if summary["published"].notna().any():
         models = ", ".join(f"{paper} for {ours}" for ours, paper in (published_as or {}).items() if paper)
         text += f" In brackets: the paper's number on the original benchmark ({models}), where it is legible."

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from fastcore.basics import patch
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from .files import ParamsError, contents, digest, exclusive, project_root, replacing
+from .files import ParamsError, contents, digest, exclusive, located, project_root, replacing
 from .methods import Method, Part, Stage, method_from_name
 from .metrics import INSTRUCTIONS
-from .settings import DataParams, EvalParams, Language, Layers, ModelParams, TrainParams, one_line, read_settings
+from .settings import DataParams, EvalParams, Language, Layers, ModelParams, Rule, TrainParams, one_line, read_settings
 
 # %% ../nbs/10_study.ipynb #2130af3c
 def _method(value: Any) -> Any:
@@ -58,7 +58,7 @@ class Study(Part):
     methods: Methods
     seeds: Seeds = (0,)
     sweeps: tuple[Sweep, ...] = ()
-    layers: Literal["entropy"] | Layers = "entropy"  # chosen by the entropy rule (dsft.selection) or fixed
+    layers: Rule | Layers = "entropy"  # chosen by a rule (dsft.selection) or fixed
     data: DataParams = DataParams()
     train: TrainParams = TrainParams()
     recipes: dict[str, dict[str, Any]] = {}  # recipe -> its options, which its own module describes (dsft.recipes)
@@ -131,17 +131,29 @@ def figures_folder(self: Study) -> Path:
 @patch
 def data_files(self: Study, lang: str) -> list[Path]:
     """The files of the parallel data in a language and in English."""
-    return [project_root() / table.path for name, table in self.data.files.items() if table.path and name in ("en", lang)]
+    return [located(table.path) for name, table in self.data.files.items() if table.path and name in ("en", lang)]
+
+# %% ../nbs/10_study.ipynb #f4c53314
+@patch
+def source(self: Study, model: str) -> str:
+    """The folder of a base model (absolute) with its whole vocabulary, or its name on the hub."""
+    params = self.models[model]
+    if params.path is None:
+        return str(self.folder(model, "base"))
+    local = located(params.path, f"models.{model}.path")
+    return str(local) if params.pretrain or params.gguf or local.exists() else params.path
 
 
 @patch
 def base(self: Study, model: str) -> str:
-    """The folder of a base model (absolute), or its name on the hub."""
-    params = self.models[model]
-    if params.path is None:
-        return str(self.folder(model, "base"))
-    local = project_root() / params.path
-    return str(local) if params.pretrain or local.exists() else params.path
+    """The folder of the base model (absolute) that runs start from, or its name on the hub."""
+    return str(self.folder(model, "cut")) if self.models[model].vocabulary else self.source(model)
+
+
+@patch
+def base_steps(self: Study, model: str) -> dict[str, str]:
+    """The notebooks of nbs/experiments that make a base model, in their order, each with the folder that it writes; empty for one that is found."""
+    return {step: self.base(model) if step == "cut_vocabulary" else self.source(model) for step in self.models[model].made_by}
 
 # %% ../nbs/10_study.ipynb #054fe434
 @patch(as_prop=True)
@@ -205,6 +217,8 @@ def all_trainings(self: Study) -> list["Run"]:
 # %% ../nbs/10_study.ipynb #2c584911
 _NOTEBOOKS = {  # notebook of nbs/experiments -> its parameters
     "pretrain": ("study", "model"),
+    "dequantise": ("study", "model"),
+    "cut_vocabulary": ("study", "model"),
     "select_layers": ("study", "model", "lang"),
     "recipe_rows": ("study", "model", "lang", "method", "seed"),
     "train": ("study", "model", "lang", "method", "seed"),
@@ -215,7 +229,7 @@ _NOTEBOOKS = {  # notebook of nbs/experiments -> its parameters
 def files_named_in(options: Any, lang: str, languages: tuple[str, ...]) -> list[Path]:
     """The files that the options of a recipe name, whatever they are called; what stands under another one of `languages` than `lang` is left out."""
     if isinstance(options, str):
-        return [project_root() / options] if options and (project_root() / options).is_file() else []
+        return [located(options)] if options and located(options).is_file() else []
     values = [v for k, v in options.items() if k == lang or k not in languages] if isinstance(options, dict) else options if isinstance(options, (list, tuple)) else []
     return [path for value in values for path in files_named_in(value, lang, languages)]
 
@@ -368,8 +382,8 @@ def require(self: Run, notebook: str, result: str | Path) -> None:
 @patch
 def require_base(self: Run) -> None:
     """Make sure that the base model is there, where the study says how it is made."""
-    if self.study.models[self.model].pretrain:
-        self.require("pretrain", self.base)
+    for notebook, folder in self.study.base_steps(self.model).items():
+        self.require(notebook, folder)
 
 
 @patch
@@ -416,13 +430,13 @@ def num_hidden_layers(study: Study, model: str) -> int | None:
     """L of a base model as far as it is known without loading it: from `pretrain` or a local config.json."""
     if pretrain := study.models[model].pretrain:
         return pretrain.num_hidden_layers
-    config = Path(study.base(model)) / "config.json"
+    config = Path(study.source(model)) / "config.json"
     return json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers") if config.is_file() else None
 
 
 def _check_layers(study: Study, file: str) -> None:
     """Refuse a fixed layer above the last one of a model whose depth is known."""
-    fixed = {} if study.layers == "entropy" else {"layers.i": study.layers.i, "layers.j": study.layers.j}
+    fixed = {} if isinstance(study.layers, str) else {"layers.i": study.layers.i, "layers.j": study.layers.j}
     for m in study.methods:
         fixed |= {f"methods.{m.name}.{s.stage}.layer": s.layer for s in m.supervisions if isinstance(s.layer, int)}
     for model in study.models:

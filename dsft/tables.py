@@ -26,7 +26,7 @@ import regex
 from datasets import load_dataset
 from scipy.stats import spearmanr
 
-from .files import ParamsError, from_hub, lines_of, project_root
+from .files import ParamsError, from_hub, lines_of, located
 from .languages import check_language, foreign
 from .prompts import is_blank
 from .settings import DataParams, Fields, Table
@@ -87,7 +87,7 @@ def open_file(table: Table, field: str) -> tuple[list[Any], list[str]]:
 
     Raises `ParamsError`, one line, when it is not there or unreadable.
     """
-    path = project_root() / table.path
+    path = located(table.path, field)
     kind = "parquet" if path.suffix == ".parquet" else "json"
     if not path.is_file():
         raise ParamsError(f"{field} = {table.path!r}: no such file; paths are relative to the project's root")

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TASKS', 'HARNESS', 'Splits', 'MICROCOSM_ITEMS', 'MICROCOSM_SHOTS', 'f1_results', 'mkqa_results', 'mc1_results',
            'bits_results', 'chrf_results', 'corpus_chrf', 'to_prompt', 'answer_delimiter', 'harness_file',
-           'harness_prompt', 'OtherItems', 'Task', 'RowsTask', 'task_config', 'write_tasks', 'write_gold_tasks',
-           'evaluate']
+           'harness_prompt', 'OtherItems', 'Task', 'RowsTask', 'task_config', 'task_rows', 'write_tasks',
+           'write_gold_tasks', 'evaluate']
 
 # %% ../nbs/23_tasks.ipynb #864265c0
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -230,10 +230,11 @@ def _microcosm_row(item: dict[str, Any], direction: str, template: Template) -> 
 def _microcosm_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str], Splits]:
     """The rows of a generated benchmark by direction and prompt. Raises ParamsError for more items, or examples in prompts, than it has."""
     template, params, rows = TEMPLATES[study.data.template], study.evaluation, {}
-    wanted = {"test": params.items or MICROCOSM_ITEMS} | ({"dev": max(MICROCOSM_SHOTS, params.num_fewshot)} if params.num_fewshot else {})
+    part = "dev" if params.part == "dev" else "test"
+    made = {"test": (params.items or MICROCOSM_ITEMS, part)} | ({"dev": (max(MICROCOSM_SHOTS, params.num_fewshot), "dev")} if params.num_fewshot and part == "test" else {})
     for direction in directions(name, lang):
         try:
-            items = {split: World().benchmark(name, count, BENCHMARK_SEED, split) for split, count in wanted.items()}
+            items = {split: World().benchmark(name, count, BENCHMARK_SEED, source) for split, (count, source) in made.items()}
         except ValueError as error:
             raise ParamsError(f"evaluation: the microcosm cannot make {name}: {error}") from None
         rows[direction, "dsft"] = {split: [_microcosm_row(item, direction, template) for item in some] for split, some in items.items()}
@@ -284,6 +285,17 @@ def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]
         config["generation_kwargs"] = {"until": [stop], "max_gen_toks": longest, "do_sample": False}
     return config
 
+# %% ../nbs/23_tasks.ipynb #619a3050
+def task_rows(study: Study, lang: str) -> Iterator[tuple[str, str, str, Splits]]:
+    """Benchmark, direction, prompt and rows by split of all that a study asks in one language; what there is nothing to ask of is left out, with a printed line.
+
+    Raises `ParamsError`, one line, for benchmark files that are missing or broken (see dsft.benchmark_items).
+    """
+    rows_of = dict.fromkeys(BENCHMARKS, _microcosm_rows if study.evaluation.source == "microcosm" else _real_rows) | {INSTRUCTIONS: _instruction_rows}
+    for name in study.evaluation.benchmarks:
+        for (direction, prompt), splits in rows_of[name](name, lang, study).items():
+            yield name, direction, prompt, splits
+
 # %% ../nbs/23_tasks.ipynb #05f3cc8a
 def _write(task: Task, splits: Splits, study: Study, delimiter: str) -> Task:
     for split, rows in splits.items():
@@ -294,16 +306,9 @@ def _write(task: Task, splits: Splits, study: Study, delimiter: str) -> Task:
 
 
 def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
-    """Write the study's benchmarks in one language as lm-eval tasks; what there is nothing to ask of is left out, with a printed line.
-
-    `delimiter` as in `task_config`. Raises `ParamsError`, one line, for benchmark files that are missing or broken (see dsft.benchmark_items).
-    """
-    rows_of = dict.fromkeys(BENCHMARKS, _microcosm_rows if study.evaluation.source == "microcosm" else _real_rows) | {INSTRUCTIONS: _instruction_rows}
-    return [
-        _write(Task(name, direction, prompt, study.folder("benchmarks", lang), tuple(splits)), splits, study, delimiter)
-        for name in study.evaluation.benchmarks
-        for (direction, prompt), splits in rows_of[name](name, lang, study).items()
-    ]
+    """Write the study's benchmarks in one language as lm-eval tasks. `delimiter` as in `task_config`; errors and what is left out as in `task_rows`."""
+    folder = study.folder("benchmarks", lang)
+    return [_write(Task(name, direction, prompt, folder, tuple(splits)), splits, study, delimiter) for name, direction, prompt, splits in task_rows(study, lang)]
 
 # %% ../nbs/23_tasks.ipynb #bab09e73
 def write_gold_tasks(tasks: Sequence[Task], study: Study, delimiter: str = "") -> list[Task]:

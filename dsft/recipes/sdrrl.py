@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..code_switching import code_switch, read_dictionary, text_lines
 from ..data import example_fields, parallel_pairs, say
-from ..files import ParamsError, project_root
+from ..files import ParamsError, located
 from ..generation import TranslatorOptions, load_base, own_answers, translator
 from ..languages import is_unspaced, language_name
 from ..methods import PATTERNS
@@ -62,9 +62,10 @@ def rouge_l(answer: str, reference: str) -> float:
 # %% ../../nbs/recipes/sdrrl.ipynb #d552ffd0
 def _named_file(path: str, field: str, shape: str) -> Path:
     """The file that a field names; raises `ParamsError` when it is not there."""
-    if not (project_root() / path).is_file():
+    file = located(path, field)
+    if not file.is_file():
         raise ParamsError(f"{field} = {path!r}: no such file; give {shape}")
-    return project_root() / path
+    return file
 
 
 def _read_translations(path: str, lang: str) -> dict[str, str]:
