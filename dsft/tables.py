@@ -25,7 +25,7 @@ from datasets import Dataset, load_dataset
 from scipy.stats import spearmanr
 
 from .files import ParamsError, from_hub, project_root
-from .languages import check_language, foreign
+from .languages import check_language, count_composed, foreign, to_nfc
 from .settings import DataParams, Fields, Table
 
 # %% ../nbs/11_tables.ipynb #f7263e4b
@@ -154,7 +154,9 @@ def read_table(table: Table, lang: str) -> tuple[list[dict[str, Any]], list[str]
         raise ParamsError(f"{table.shown}: no field for {' and '.join(missing)}; {remedy}")
     if len(found) == 0:
         raise ParamsError(f"{table.shown}: no rows; fetch it again")
-    rows = example_rows(found, table.fields)
+    given = example_rows(found, table.fields)
+    rows = to_nfc(given)
+    notes = notes + count_composed(given, rows)
     return [from_taco(row, lang) for row in rows] if table.format == "taco" else rows, notes
 
 # %% ../nbs/11_tables.ipynb #33dbc8f8
