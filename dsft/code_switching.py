@@ -13,24 +13,34 @@ from pathlib import Path
 import regex
 
 from .files import ParamsError, located, read_lines
-from .languages import is_unspaced
+from .languages import count_composed, is_unspaced, to_nfc
 
 # %% ../nbs/18_code_switching.ipynb #7c630ea8
-def text_lines(file: Path, field: str) -> list[str]:
-    """The lines of a text file, see `dsft.files.read_lines`. `field` is the study's field that names the file, for messages."""
+def text_lines(file: Path, field: str, notes: list[str] | None = None) -> list[str]:
+    """The lines of a text file, see `dsft.files.read_lines`, in Unicode's composed form.
+
+    `field` is the study's field that names the file, for messages and for what is added to `notes`, if given, for a report.
+    """
     try:
-        return read_lines(file)
+        found = read_lines(file)
     except UnicodeDecodeError as error:
         raise ParamsError(f"{field} = {str(file)!r}: not UTF-8 (byte {error.start}); convert it with iconv") from None
+    lines = to_nfc(found)
+    if notes is not None:
+        notes += [f"{field}: {note}" for note in count_composed(found, lines)]
+    return lines
 
 # %% ../nbs/18_code_switching.ipynb #ad8f66c1
-def read_dictionary(path: str, field: str) -> dict[str, str]:
-    """English word (lower case) -> target word, the first one of each. Raises `ParamsError` for a file that is not there or has another shape."""
+def read_dictionary(path: str, field: str, notes: list[str] | None = None) -> dict[str, str]:
+    """English word (lower case) -> target word, the first one of each; `notes` as in `text_lines`.
+
+    Raises `ParamsError` for a file that is not there or has another shape.
+    """
     file = located(path, field)
     if not file.is_file():
         raise ParamsError(f"{field} = {path!r}: no such file; give an English and a target word a line, as in MUSE's dictionaries")
     words: dict[str, str] = {}
-    for number, line in enumerate(text_lines(file, field), 1):
+    for number, line in enumerate(text_lines(file, field, notes), 1):
         parts = line.split("\t") if "\t" in line else line.strip(" ").split(" ")
         if line.strip() and len(parts) != 2:
             raise ParamsError(f"{path}: line {number}: {line[:60]!r} is not an English and a target word; separate the two by a tab or a space")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'PACKAGES', 'ParamsError', 'project_root', 'located', 'replacing', 'write_json', 'write_jsonl', 'lines_of',
            'read_lines', 'read_rows', 'exclusive', 'digest', 'contents', 'json_digest', 'python_code', 'import_closure',
-           'strings', 'package_data', 'code_digest', 'git', 'provenance', 'unwritable_cache', 'from_hub', 'load_model']
+           'strings', 'package_data', 'code_digest', 'read_yaml', 'git', 'provenance', 'unwritable_cache', 'from_hub',
+           'load_model']
 
 # %% ../nbs/00_files.ipynb #16b2a432
 import ast
@@ -28,6 +29,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from filelock import FileLock
 
 # %% ../nbs/00_files.ipynb #5f5b9a47
@@ -243,6 +245,40 @@ def code_digest(paths: Iterable[str | Path]) -> str:
     for path in paths:
         sha.update(_without_comments(python_code(path)).encode())
     return sha.hexdigest()
+
+# %% ../nbs/00_files.ipynb #561a1520
+_YAML_TYPES = {"bool": "a truth value", "int": "a number", "float": "a number", "null": "nothing", "timestamp": "a date"}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key is text and stands once in a mapping, and in which no text is taken for a truth value."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        values = [key.value for key in keys]
+        if twice := next((key for key in keys if values.count(key.value) > 1), None):
+            raise yaml.YAMLError(f"line {twice.start_mark.line + 1}: the key {twice.value!r} stands twice in one block; keep one of them")
+        self._refuse("the key", keys)
+        return node
+
+    def compose_sequence_node(self, anchor):
+        node = super().compose_sequence_node(anchor)
+        self._refuse("in a list,", [v for v in node.value if isinstance(v, yaml.ScalarNode) and v.tag.endswith(":bool") and v.value.lower() not in ("true", "false")])
+        return node
+
+    def _refuse(self, where: str, nodes: list[yaml.ScalarNode]) -> None:
+        for node in nodes:
+            if kind := _YAML_TYPES.get(node.tag.split(":")[-1]):
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {where} {node.value} is {kind} to YAML, not text; quote it: '{node.value}'")
+
+
+def read_yaml(text: str, shown: str) -> Any:
+    """What a YAML text says; `shown` is what messages call it. Raises `ParamsError`, one line, for what is no YAML or not what it seems."""
+    try:
+        return yaml.load(text, _StrictLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{shown}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 # %% ../nbs/00_files.ipynb #d7aaf019
 def git(*arguments: str) -> str:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from .data import pad_inside, padded, prompt_ids
 from .files import ParamsError, digest, exclusive, from_hub, json_digest, load_model, write_jsonl
+from .languages import nearest
 from .methods import Part
 from .prompts import TEMPLATES
 from .study import Run, Study
@@ -95,16 +96,17 @@ class TranslatorOptions(Part):
 def _load_translator(options: TranslatorOptions, lang: str, field: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, int]]:
     """The translation model into `lang`, its tokenizer, and what its generation is told beside."""
     name, codes = options.translator.replace("{lang}", lang), options.translator_codes
-    if codes and not {"en", lang} <= codes.keys():
+    code = codes.get(nearest(lang, codes))
+    if codes and not ("en" in codes and code):
         raise ParamsError(f"{field}.translator_codes = {codes!r}: has no code for en and {lang}; add both")
     with from_hub(name, "model", f"{field}.translator"):
         tokenizer = AutoTokenizer.from_pretrained(name, **({"src_lang": codes["en"]} if codes else {}))
     model = load_model(AutoModelForSeq2SeqLM, name, f"{field}.translator").eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if not codes:
         return model, tokenizer, {}
-    first = tokenizer.convert_tokens_to_ids(codes[lang])
+    first = tokenizer.convert_tokens_to_ids(code)
     if first in (None, tokenizer.unk_token_id):
-        raise ParamsError(f"{field}.translator_codes.{lang} = {codes[lang]!r}: {name} knows no such language; see its model card")
+        raise ParamsError(f"{field}.translator_codes.{lang} = {code!r}: {name} knows no such language; see its model card")
     return model, tokenizer, {"forced_bos_token_id": first}
 
 # %% ../nbs/17_generation.ipynb #5f39d5a1

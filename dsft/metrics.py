@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'QA', 'NLU', 'TRANSLATION', 'INSTRUCTIONS', 'EVERY_BENCHMARK', 'BITS', 'METRICS', 'ARTICLES', 'SCORERS',
-           'ScorerName', 'Benchmark', 'Metric', 'metric_of', 'direction', 'Scorer', 'answer_tokens', 'f1',
-           'exact_match', 'bits_per_byte', 'NotAvailable', 'chrf', 'spbleu', 'comet']
+           'ScorerName', 'F1_SCRIPTS', 'Benchmark', 'Metric', 'metric_of', 'direction', 'Scorer', 'answer_tokens', 'f1',
+           'exact_match', 'f1_script', 'bits_per_byte', 'NotAvailable', 'chrf', 'spbleu', 'comet']
 
 # %% ../nbs/04_metrics.ipynb #63055ab0
 import math
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import sacrebleu
+
+from .files import ParamsError
+from .languages import nearest, to_nfc
 
 # %% ../nbs/04_metrics.ipynb #dd7a5d0e
 class Benchmark(NamedTuple):
@@ -124,6 +127,7 @@ class Scorer:
     is_punctuation: Callable[[str], bool]
     single: dict[str, re.Pattern]  # language -> the characters that are a token each
     empty_agrees: bool  # F1 when prediction and reference are both empty: 1 or 0
+    articles: str | None = None  # the language whose articles are dropped; None: that of the answer
 
 # %% ../nbs/04_metrics.ipynb #066a3e5a
 SCORERS = {
@@ -142,10 +146,11 @@ SCORERS = {
         empty_agrees=True,
     ),
     "squad": Scorer(
-        languages=frozenset(["en"]),
+        languages=frozenset("en el ro ru th tr".split()),
         is_punctuation=_is_ascii_punctuation,
         single={},
         empty_agrees=False,
+        articles="en",
     ),
 }
 
@@ -158,13 +163,13 @@ def answer_tokens(text: str, lang: str, scorer: ScorerName = "mlqa") -> list[str
     if scorer not in SCORERS:
         raise ValueError(f"scorer: {scorer!r} is not one of {', '.join(SCORERS)}")
     rules = SCORERS[scorer]
-    if lang not in rules.languages:
+    if (known := nearest(lang, sorted(rules.languages), any_script=True)) is None:
         raise ValueError(f"lang: the {scorer} scorer has no rules for {lang!r}, only for {' '.join(sorted(rules.languages))}")
-    text = "".join(char for char in text.lower() if not rules.is_punctuation(char))
-    if lang in ARTICLES:
-        text = ARTICLES[lang].sub(" ", text)
-    if lang in rules.single:
-        text = rules.single[lang].sub(r" \g<0> ", text)
+    text = "".join(char for char in to_nfc(text.lower()) if not rules.is_punctuation(char))
+    if (articles := rules.articles or known) in ARTICLES:
+        text = ARTICLES[articles].sub(" ", text)
+    if known in rules.single:
+        text = rules.single[known].sub(r" \g<0> ", text)
     return text.split()
 
 # %% ../nbs/04_metrics.ipynb #5e3addea
@@ -197,6 +202,19 @@ def exact_match(prediction: str, answers: Sequence[str], lang: str, scorer: Scor
     tokens = answer_tokens(prediction, lang, scorer)
     return float(any(tokens == answer_tokens(answer, lang, scorer) for answer in _references(answers)))
 
+# %% ../nbs/04_metrics.ipynb #ad31d48d
+F1_SCRIPTS: dict[str, tuple[ScorerName, ...]] = {"xquad": ("mlqa", "squad"), "mlqa": ("mlqa",), "mkqa": ("mkqa",)}
+
+
+def f1_script(name: str, lang: str) -> ScorerName:
+    """The script by whose rules answers to a benchmark are scored in a language. Raises `ParamsError`, one line, where none has any."""
+    languages = {scorer: sorted(SCORERS[scorer].languages) for scorer in F1_SCRIPTS[name]}
+    for scorer, known in languages.items():
+        if nearest(lang, known, any_script=True):
+            return scorer
+    known = " ".join(sorted(set().union(*languages.values())))
+    raise ParamsError(f"evaluation.benchmarks: {BENCHMARKS[name].title} cannot be scored in {lang!r}, only in {known}; drop the benchmark or the language")
+
 # %% ../nbs/04_metrics.ipynb #73021823
 def bits_per_byte(log_likelihood: float, answer: str) -> float:
     """A log-likelihood (natural logarithm) of an answer as bits for each byte of its UTF-8 text. Raises ValueError for an empty answer."""
@@ -211,7 +229,7 @@ class NotAvailable(RuntimeError):
 # %% ../nbs/04_metrics.ipynb #4a3e8d5a
 def chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Corpus chrF++ in percent: character 6-grams, words and word pairs."""
-    return sacrebleu.corpus_chrf(list(predictions), [list(references)], word_order=2).score
+    return sacrebleu.corpus_chrf(to_nfc(list(predictions)), [to_nfc(list(references))], word_order=2).score
 
 # %% ../nbs/04_metrics.ipynb #3dbd0533
 def spbleu(predictions: Sequence[str], references: Sequence[str]) -> float:

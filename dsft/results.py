@@ -21,6 +21,7 @@ import pandas as pd
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from .files import ParamsError, replacing, write_json
+from .languages import sides
 from .methods import METHODS, Method
 from .metrics import BITS, EVERY_BENCHMARK, metric_of
 from .selection import Curves, by_entropy
@@ -399,7 +400,7 @@ def write_items(items: pd.DataFrame, path: str | Path) -> None:
 def on_target(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `load_results` or `load_item_scores` that were asked in the target language of the run, or translate from or into it."""
     pairs = table[["lang", "target"]].drop_duplicates()
-    asked = {(lang, target) for lang, target in pairs.itertuples(index=False) if target in lang.split("-")}
+    asked = {(lang, target) for lang, target in pairs.itertuples(index=False) if target in sides(lang)}
     return table[np.array([pair in asked for pair in zip(table["lang"], table["target"])], dtype=bool)]
 
 # %% ../nbs/24_results.ipynb #0285e518

@@ -11,17 +11,25 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from .files import ParamsError, located, project_root
+from .files import ParamsError, located, project_root, read_yaml
+from .languages import is_tag
 from .methods import Part, Trainable
 from .metrics import BENCHMARKS, EVERY_BENCHMARK, INSTRUCTIONS
 
 # %% ../nbs/09_settings.ipynb #fb817ba4
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}([-_][A-Za-z0-9]+)*$")]  # zh, vi, ckb, zh-Hant, zho_Hans
+
+
+def _language(code: str) -> str:
+    if not is_tag(code):
+        raise ValueError("is no language tag; write one such as zh, zh-Hant, pt-BR or ckb")
+    return code
+
+
+Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}([-_][A-Za-z0-9]+)*$"), AfterValidator(_language)]  # zh, vi, ckb, zh-Hant, zho_Hans
 
 # %% ../nbs/09_settings.ipynb #f6a7a567
 class PretrainParams(Part):
@@ -236,26 +244,19 @@ def one_line(error: ValidationError, file: str) -> str:
         message = "unknown field; remove it or correct its name"
     if first["type"] == "missing":
         return f"{file}: {field}: required field is missing; add it"
+    if isinstance(first["input"], bool) and first["type"].split("_")[0] in ("string", "tuple", "dict", "model"):
+        message += "; to YAML no, off, yes and on are truth values: quote what is text, 'no'"
+    elif first["type"] == "string_type" and isinstance(first["input"], (int, float)):
+        message += f"; quote it: '{first['input']}'"
     value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
     more = f" (and {len(rest)} more)" if rest else ""
     return f"{file}: {field}{value}: {message}{more}" if field else f"{file}: {message}{more}"
 
 # %% ../nbs/09_settings.ipynb #d779d8c0
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key stands once in a mapping."""
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.composer.ComposerError(None, None, f"the key {twice[0]!r} stands twice in one block; keep one of them", node.start_mark)
-        return node
-
-
-def _read_yaml(path: Path, shown: str) -> dict[str, Any]:
+def _read_file(path: Path, shown: str) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_yaml(path.read_text(encoding="utf-8"), shown)
+    except UnicodeDecodeError as error:
         raise ParamsError(f"{shown}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ParamsError(f"{shown}: the file must hold fields and values (models, languages, methods, ...), not {type(content).__name__}")
@@ -284,7 +285,7 @@ def _extended(content: dict[str, Any], shown: str, seen: tuple[str, ...] = ()) -
     if not isinstance(name, str) or name in seen:
         raise ParamsError(f"{shown}: extends = {name!r}: {'extends itself' if name in seen else 'must be the name of a study'}; correct it")
     path, parent_shown = _locate(name)
-    parent = _extended(_read_yaml(path, parent_shown), parent_shown, (*seen, name))
+    parent = _extended(_read_file(path, parent_shown), parent_shown, (*seen, name))
     parent.pop("name", None)
     both = {key: parent[key] | content[key] for key in _SETTINGS if isinstance(parent.get(key), dict) and isinstance(content.get(key), dict)}
     return parent | content | both
@@ -293,4 +294,4 @@ def _extended(content: dict[str, Any], shown: str, seen: tuple[str, ...] = ()) -
 def read_settings(study: str | Path) -> tuple[dict[str, Any], Path, str]:
     """What a study file says, with what it takes over from others; its path; and how messages call it. Errors as in `dsft.study.load_study`."""
     path, shown = _locate(study)
-    return _extended(_read_yaml(path, shown), shown, (path.stem,)), path, shown
+    return _extended(_read_file(path, shown), shown, (path.stem,)), path, shown

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from .files import ParamsError, contents, digest, exclusive, located, project_root, replacing
+from .languages import base_code, nearest
 from .methods import Method, Part, Stage, method_from_name
 from .metrics import INSTRUCTIONS
 from .settings import DataParams, EvalParams, Language, Layers, ModelParams, Rule, TrainParams, one_line, read_settings
@@ -70,7 +71,7 @@ class Study(Part):
     @model_validator(mode="after")
     def _languages_have_data(self):
         known = tuple(self.data.files) if self.data.source == "files" else ("en", "zh", "vi", "ar")
-        if missing := [lang for lang in self.languages if lang not in known or lang == "en"]:
+        if missing := [lang for lang in self.languages if lang not in known or base_code(lang) == "en"]:
             raise ValueError(f"languages: {missing[0]} has no data as a target language; it is there for {', '.join(k for k in known if k != 'en')}")
         if INSTRUCTIONS in self.evaluation.benchmarks and not self.data.held_out:
             raise ValueError("evaluation.benchmarks: instructions needs examples that no training uses; set data.held_out, such as 500")
@@ -227,10 +228,13 @@ _NOTEBOOKS = {  # notebook of nbs/experiments -> its parameters
 
 # %% ../nbs/10_study.ipynb #67492c22
 def files_named_in(options: Any, lang: str, languages: tuple[str, ...]) -> list[Path]:
-    """The files that the options of a recipe name, whatever they are called; what stands under another one of `languages` than `lang` is left out."""
+    """The files that the options of a recipe name, whatever they are called; what stands under one of `languages` that is not `nearest` to `lang` is left out."""
     if isinstance(options, str):
         return [located(options)] if options and located(options).is_file() else []
-    values = [v for k, v in options.items() if k == lang or k not in languages] if isinstance(options, dict) else options if isinstance(options, (list, tuple)) else []
+    if isinstance(options, dict):
+        own = nearest(lang, [k for k in options if k in languages])
+        options = [v for k, v in options.items() if k == own or k not in languages]
+    values = options if isinstance(options, (list, tuple)) else []
     return [path for value in values for path in files_named_in(value, lang, languages)]
 
 # %% ../nbs/10_study.ipynb #f372e56f

@@ -27,7 +27,7 @@ from datasets import load_dataset
 from scipy.stats import spearmanr
 
 from .files import ParamsError, from_hub, lines_of, located
-from .languages import check_language, foreign
+from .languages import check_language, count_composed, foreign, to_nfc
 from .prompts import is_blank
 from .settings import DataParams, Fields, Table
 
@@ -155,7 +155,9 @@ def read_table(table: Table, lang: str) -> tuple[list[dict[str, Any]], list[str]
     if missing := [f"{role} ({names[role]!r})" for role in ("instruction", "output") if names[role] not in columns]:
         remedy = f"it has {', '.join(columns) or 'none'}; it must hold a list of objects with these fields, or name them in data.files.{lang}.fields"
         raise ParamsError(f"{table.shown}: no field for {' and '.join(missing)}; {remedy}")
-    rows = example_rows(found, table.fields)
+    given = example_rows(found, table.fields)
+    rows = to_nfc(given)
+    notes = notes + count_composed(given, rows)
     return [from_taco(row, lang) for row in rows] if table.format == "taco" else rows, notes
 
 # %% ../nbs/11_tables.ipynb #33dbc8f8

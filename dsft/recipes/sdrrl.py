@@ -24,7 +24,7 @@ from ..code_switching import code_switch, read_dictionary, text_lines
 from ..data import example_fields, parallel_pairs, say
 from ..files import ParamsError, located
 from ..generation import TranslatorOptions, load_base, own_answers, translator
-from ..languages import is_unspaced, language_name
+from ..languages import is_unspaced, language_name, nearest, to_nfc
 from ..methods import PATTERNS
 from ..microcosm import World
 from ..prompts import TEMPLATES
@@ -68,14 +68,14 @@ def _named_file(path: str, field: str, shape: str) -> Path:
     return file
 
 
-def _read_translations(path: str, lang: str) -> dict[str, str]:
+def _read_translations(path: str, lang: str, notes: list[str] | None = None) -> dict[str, str]:
     """English text -> translation, from JSON Lines with the fields `en` and `translation`."""
     field = f"{FIELD}.translations.{lang}"
     file = _named_file(path, field, 'JSON Lines of {"en": ..., "translation": ...}')
     known = {}
-    for number, line in ((n, line) for n, line in enumerate(text_lines(file, field), 1) if line.strip()):
+    for number, line in ((n, line) for n, line in enumerate(text_lines(file, field, notes), 1) if line.strip()):
         try:
-            row = json.loads(line)
+            row = to_nfc(json.loads(line))
             known[row["en"].strip()] = row["translation"].strip()
             row["translation"].encode()  # half of a surrogate pair, which JSON can spell out, cannot be written
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -83,9 +83,9 @@ def _read_translations(path: str, lang: str) -> dict[str, str]:
     return known
 
 # %% ../../nbs/recipes/sdrrl.ipynb #8c6a2c41
-def _aligned_sentences(paths: tuple[str, str], lang: str) -> list[tuple[str, str]]:
+def _aligned_sentences(paths: tuple[str, str], lang: str, notes: list[str] | None = None) -> list[tuple[str, str]]:
     field = f"{FIELD}.sentences.{lang}"
-    english, target = (text_lines(_named_file(path, field, f"two text files, English and {lang}, aligned by line"), field) for path in paths)
+    english, target = (text_lines(_named_file(path, field, f"two text files, English and {lang}, aligned by line"), field, notes) for path in paths)
     if len(english) != len(target):
         raise ParamsError(f"{field}: {paths[0]} has {len(english)} lines and {paths[1]} {len(target)}; they must be aligned by line")
     return [(en.strip(), tgt.strip()) for en, tgt in zip(english, target) if en.strip() and tgt.strip()]
@@ -97,6 +97,7 @@ class Resources(NamedTuple):
     dictionary: dict[str, str]  # English word -> target word
     sentences: list[tuple[str, str]] | None  # parallel sentences, English and target; None: the questions of the examples
     translate: Callable[[list[str]], list[str | None]]  # English answers -> translations, None where there is none
+    notes: list[str]  # what was mended in reading, for the report
 
 # %% ../../nbs/recipes/sdrrl.ipynb #13ec6643
 def _looked_up_first(known: dict[str, str], more: Callable[[list[str]], list[str | None]]) -> Callable[[list[str]], list[str | None]]:
@@ -115,20 +116,21 @@ def resources(run: Run, options: SDRRLOptions, load_translator: bool = True) -> 
 
     `load_translator=False` checks the rest without the translation model, which then translates nothing.
     """
-    lang = run.lang
-    known = _read_translations(options.translations[lang], lang) if lang in options.translations else {}
-    sentences = _aligned_sentences(options.sentences[lang], lang) if lang in options.sentences else None
+    lang, notes = run.lang, []
+    dictionaries, translations, sentences = (part.get(nearest(lang, part)) for part in (options.dictionaries, options.translations, options.sentences))
+    known = _read_translations(translations, lang, notes) if translations else {}
+    sentences = _aligned_sentences(sentences, lang, notes) if sentences else None
     if run.study.data.source == "microcosm":
         world = World()
         dictionary = {word.lower(): said for word, said in world.dictionary(lang).items()}
-        return Resources(dictionary, sentences, _looked_up_first(known, lambda texts: [world.translate(text, lang) for text in texts]))
-    if options.code_switch and lang not in options.dictionaries:
+        return Resources(dictionary, sentences, _looked_up_first(known, lambda texts: [world.translate(text, lang) for text in texts]), notes)
+    if options.code_switch and not dictionaries:
         raise ParamsError(f"{FIELD}.dictionaries: none for {lang}; give a file with an English and a target word a line, or set {FIELD}.code_switch: 0")
     if not (options.translator or known):
         raise ParamsError(f"{FIELD}.translator: none, but the model's own answers must be translated; name a translation model, or give {FIELD}.translations")
-    dictionary = read_dictionary(options.dictionaries[lang], f"{FIELD}.dictionaries.{lang}") if options.code_switch else {}
+    dictionary = read_dictionary(dictionaries, f"{FIELD}.dictionaries.{lang}", notes) if options.code_switch else {}
     more = translator(options, run.study, lang, FIELD) if options.translator and load_translator else lambda texts: [None] * len(texts)
-    return Resources(dictionary, sentences, _looked_up_first(known, more))
+    return Resources(dictionary, sentences, _looked_up_first(known, more), notes)
 
 # %% ../../nbs/recipes/sdrrl.ipynb #5685a337
 def chosen_answers(
@@ -201,7 +203,7 @@ def training_mix(run: Run, options: SDRRLOptions, model: PreTrainedModel, tokeni
     """
     pairs, _ = parallel_pairs(run.study.data, run.lang, run.seed)
     translations, completions = (round(share * len(pairs)) for share in (options.translation, options.completion))
-    dictionary, sentences, translate = resources(run, options)
+    dictionary, sentences, translate, notes = resources(run, options)
     if sentences is not None and len(sentences) < max(translations, completions):
         what = f"{FIELD}.sentences.{run.lang}: {len(sentences)} pairs, but {max(translations, completions)} are needed"
         raise ParamsError(f"{what}; give more, or lower {FIELD}.translation and {FIELD}.completion")
@@ -215,7 +217,8 @@ def training_mix(run: Run, options: SDRRLOptions, model: PreTrainedModel, tokeni
     rows = _question_rows(run, options, pairs, answers, dictionary, rng)
     sentences = [(pair.english["instruction"], pair.target["instruction"]) for pair in pairs] if sentences is None else sentences
     rows += _task_rows(run, sentences, translations, completions, rng)
-    return rows, {"examples": len(pairs), "answers": report, "rows": dict(Counter(row["task"] for row in rows))}
+    counts = {"examples": len(pairs), "answers": report, "rows": dict(Counter(row["task"] for row in rows))}
+    return rows, counts | ({"notes": notes} if notes else {})
 
 # %% ../../nbs/recipes/sdrrl.ipynb #4910aab5
 def _rows(run: Run, options: SDRRLOptions) -> tuple[list[dict[str, str]], dict[str, Any]]:
