@@ -15,9 +15,11 @@ import papermill
 import pytest
 
 from dsft.files import ParamsError
-from dsft.report import TABLE_COLUMNS, caption, paper_layout, published_numbers, save_figure, summarise, verdict, write_table
-from dsft.results import CELL, METHOD_COLUMNS, RESULT_COLUMNS, load_costs, load_entropy, load_inside, load_item_scores, load_results, write_csv, write_items, write_provenance
-from dsft.statistics import bootstrap, compare, holm
+from dsft.report import TABLE_COLUMNS, caption, paper_layout, paper_table, published_numbers, save_figure, summarise, verdict, write_table
+from dsft.metrics import NLU, QA
+from dsft.results import CELL, METHOD_COLUMNS, RESULT_COLUMNS, in_bits, in_percent, load_costs, load_entropy, load_inside, load_item_scores, load_results
+from dsft.results import write_csv, write_items, write_provenance
+from dsft.statistics import bootstrap, compare, contrast, estimate, gains, holm
 from dsft.study import load_study
 
 ANALYSIS = Path(__file__).parents[1] / "nbs" / "analysis"
@@ -204,6 +206,50 @@ def test_bootstrap_against_one_written_as_a_loop():
     assert low < overall < high
 
 
+def test_clustered_bootstrap_against_one_written_as_a_loop():
+    """Draw seeds and whole clusters of different sizes with plain `random`; the mean is that of the items drawn, however many they are."""
+    rng = random.Random(1)
+    sizes = [1, 1, 2, 3, 5, 8, 4, 4, 2, 6, 1, 3]
+    names = [f"p{g}" for g, size in enumerate(sizes) for _ in range(size)]
+    order = rng.sample(range(len(names)), len(names))  # the items of a cluster need not stand together
+    hard = {f"p{g}": rng.gauss(0, 6) for g in range(len(sizes))}
+    d = [[rng.gauss(1 + k + hard[names[n]], 3) for n in order] for k in range(4)]
+    clusters = [names[n] for n in order]
+    members = {name: [n for n, other in enumerate(clusters) if other == name] for name in hard}
+    draws = []
+    for _ in range(20_000):
+        items = [n for name in rng.choices(list(members), k=len(members)) for n in members[name]]
+        rows = [statistics.fmean(row[n] for n in items) for row in d]
+        center = statistics.fmean(rows)
+        draws.append(center + (4 / 3) ** 0.5 * (statistics.fmean(rng.choices(rows, k=4)) - center))
+    draws.sort()
+    low, high, p = bootstrap(np.array(d), draws=20_000, clusters=clusters)
+    assert (low, high) == pytest.approx((draws[500], draws[-500]), abs=0.15)
+    assert p == pytest.approx(2 * min(sum(x <= 0 for x in draws), sum(x >= 0 for x in draws)) / 20_000, abs=0.015)
+    alone = bootstrap(np.array(d), draws=20_000)
+    assert high - low > 1.3 * (alone[1] - alone[0])
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("clusters", [None, [f"q{n}" for n in range(300)], list(range(300, 0, -1))])
+def test_clusters_of_single_items_change_no_digit(order, clusters):
+    """The numbers are those of the bootstrap over items from before there were clusters, to the last bit."""
+    d = np.asarray(np.random.default_rng(5).normal(0.7, 20, (3, 300)), order=order)
+    rng = np.random.default_rng(0)
+    seeds = rng.multinomial(3, np.full(3, 1 / 3), 10_000) / 3
+    seeds = 1 / 3 + (3 / 2) ** 0.5 * (seeds - 1 / 3)
+    means = np.concatenate([(some @ d * rng.multinomial(300, np.full(300, 1 / 300), len(some)) / 300).sum(1) for some in np.array_split(seeds, 10)])
+    rarer = min((means <= 0).sum(), (means >= 0).sum())
+    expected = *map(float, np.percentile(means, (2.5, 97.5))), min(1.0, 2 * (rarer + 1) / 10_001)
+    assert bootstrap(d, clusters=clusters) == expected
+    assert estimate(d, clusters)[1:4] == expected
+
+
+def test_one_cluster_alone_has_no_scatter_of_items():
+    d = np.stack([np.arange(10.0)] * 3)
+    assert bootstrap(d, clusters=["p"] * 10)[:2] == pytest.approx((4.5, 4.5))
+
+
 @pytest.mark.parametrize(
     ("p", "expected"),
     [
@@ -267,6 +313,114 @@ def test_costs_and_what_was_read_inside(project):
     file.write_text(json.dumps(found | {"seed": 2}))
     with pytest.raises(ParamsError, match=r"inside\.json: written for another run, toy micro-llama zh tft 2; delete that file"):
         load_inside(load_study("toy"))
+
+
+# ---- bits a byte and clusters
+@pytest.fixture
+def measured(project):
+    """The same runs with bits a byte: an item that is right takes 1, another one 3; one in a hundred has none. Twenty items are on one passage."""
+    for path in (project / "runs").rglob("metrics.json"):
+        metrics = json.loads(path.read_text())
+        samples = [json.loads(line) for line in path.with_name("samples.jsonl").read_text().splitlines()]
+        samples = [s | {"cluster": f"p{int(s['id'][1:]) // 20}"} | ({"bits_per_byte": 3 - 2 * s["value"]} if s["id"][-2:] != "99" else {}) for s in samples]
+        samples += [{"dataset": "instructions", "lang": lang, "id": f"i{n}", "cluster": f"i{n}", "value": 1.5, "bits_per_byte": 1.5} for lang in (metrics["lang"], "en") for n in range(8)]
+        for dataset, lang in dict.fromkeys((s["dataset"], s["lang"]) for s in samples):
+            found = [s["bits_per_byte"] for s in samples if (s["dataset"], s["lang"]) == (dataset, lang) and "bits_per_byte" in s]
+            metrics["scores"].append({"dataset": dataset, "lang": lang, "metric": "bits_per_byte", "value": statistics.fmean(found), "items": len(found)})
+        path.write_text(json.dumps(metrics))
+        path.with_name("samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    return project
+
+
+def test_older_runs_and_tables_have_an_item_a_cluster_and_no_bits(project):
+    items = load_item_scores(load_study("toy"))
+    assert (items["cluster"] == items["id"]).all() and items["bits_per_byte"].isna().all()
+    assert in_bits(items).empty and in_bits(load_results(load_study("toy"))).empty
+    pd.testing.assert_frame_equal(in_percent(items), items)
+    Path("figures/toy").mkdir(parents=True)
+    items.drop(columns=[*METHOD_COLUMNS, "cluster", "bits_per_byte"]).to_parquet("figures/toy/items.parquet", index=False)
+    os.rename("runs", "elsewhere")
+    pd.testing.assert_frame_equal(load_item_scores(load_study("toy")), items)
+
+
+@pytest.mark.parametrize("study", ["micro", "micro-full", "micro-sweeps", "code_switch_sweep"])
+def test_committed_items_have_an_item_a_cluster(study):
+    items = load_item_scores(load_study(study).model_copy(update={"runs": "nowhere"}))
+    assert (items["cluster"] == items["id"]).all() and items["bits_per_byte"].isna().all() and len(items) > 10_000
+
+
+def test_bits_stand_in_both_tables_and_leave_the_others_as_they_are(measured, capsys):
+    study = load_study("toy")
+    results, items = load_results(study), load_item_scores(study)
+    assert set(in_percent(results)["metric"]) == set(in_percent(items)["metric"]) == {"f1", "acc"}
+    assert set(in_bits(results)["dataset"]) == set(in_bits(items)["dataset"]) == {"xquad", "xcopa", "instructions"}
+    assert items.query("dataset == 'instructions'")[["metric", "value"]].drop_duplicates().values.tolist() == [["bits_per_byte", 1.5]]
+    assert items.query("dataset == 'xcopa' and id == 'q041'")["cluster"].unique().tolist() == ["p2"]
+    assert len(in_bits(items).query("dataset == 'xquad'")) == 0.99 * len(items.query("dataset == 'xquad'"))
+    for unit in (in_percent, in_bits):
+        means = unit(on_target(items)).groupby([*CELL, "seed"])["value"].mean()
+        pd.testing.assert_series_equal(means, unit(on_target(results)).set_index([*CELL, "seed"])["value"].sort_index(), rtol=1e-6)
+    write_csv(results, "figures/toy/results.csv")
+    write_items(items, "figures/toy/items.parquet")
+    os.rename("runs", "elsewhere")
+    pd.testing.assert_frame_equal(load_item_scores(study), items)
+    pd.testing.assert_frame_equal(load_results(study), results)
+
+
+def test_the_papers_tables_do_not_show_bits(measured):
+    study = load_study("toy")
+    text, comparison = paper_table(study, "table1", QA)
+    assert "bits" not in text and comparison["metric"].unique().tolist() == ["f1"] and comparison["difference"].tolist() == [2.0]
+    assert "bits" not in Path("figures/toy/table1.csv").read_text()
+
+
+def test_of_bits_the_lowest_is_the_best(measured):
+    text, comparison = paper_table(load_study("toy"), "bits", [*QA, *NLU, "instructions"], unit=in_bits)
+    header, _, *lines = text.splitlines()[:5]
+    assert header == "| model | method | XQuAD bits a byte, vi | XQuAD bits a byte, zh | XCOPA bits a byte, vi | XCOPA bits a byte, zh | Instructions bits a byte, vi | Instructions bits a byte, zh |"
+    cells = [cell.strip() for cell in lines[2].split("|")]
+    assert cells[2] == "DSFT-logits" and cells[4].startswith("**2.5") and cells[8] == "1.500 ± 0.000"  # all alike: none is best
+    assert "**" not in lines[0] and "**2.5" not in lines[1]
+    assert "In bits for each byte of the right answer, of which less is better" in text
+    xquad = comparison.query("dataset == 'xquad'").iloc[0]
+    assert xquad["difference"] == pytest.approx(-2 * (8 - 1 / 3) / 396) and xquad["items"] == 396 and xquad["low"] < xquad["difference"] < xquad["high"]
+    told = verdict(comparison.query("dataset != 'instructions'"), load_study("toy"))
+    mean = (2 * (8 - 1 / 3) / 396 + comparison.query("dataset == 'xcopa'")["difference"].abs().iloc[0]) / 2
+    assert f"DSFT-logits lies {mean:.3f} bits a byte below TFT, and below in 2 of 2 cells" in told
+
+
+def test_of_bits_the_control_with_the_fewest_counts(measured):
+    items = in_bits(load_item_scores(load_study("toy"))).query("lang == 'zh' and target == 'zh' and dataset == 'xquad'")
+    fewer = items.query("method == 'tft'").assign(method="tft_en", stem="tft_en", value=lambda t: t["value"] - 0.5)
+    more = items.query("method == 'tft'").assign(method="tft_compute", stem="tft_compute", value=lambda t: t["value"] + 0.5)
+    (row,) = compare(pd.concat([items, more, fewer])).itertuples()
+    assert (row.baseline, row.difference) == ("tft_en", pytest.approx(0.46, abs=2e-3))
+    (gained,) = gains(items, [("dsft_logits", "tft")]).itertuples()
+    assert gained.gain == pytest.approx(0.04, abs=2e-3) and gained.low < gained.gain < gained.high  # fewer bits are a gain
+
+
+def test_comparisons_draw_whole_clusters(measured):
+    study = load_study("toy")
+    items = on_target(in_percent(load_item_scores(study))).query("target == 'zh'")
+    alone = items.assign(cluster=items["id"])
+    for dataset, clustered, single in zip(("xquad", "xcopa"), compare(items).itertuples(), compare(alone).itertuples()):
+        assert clustered.difference == single.difference and clustered.high - clustered.low > single.high - single.low
+        cells = {("micro-llama", "zh", method, dataset, "zh"): weight for method, weight in (("dsft_logits", 1.0), ("tft", -1.0))}
+        rows = items[items["dataset"] == dataset]
+        pairs = [rows[rows["method"] == method].pivot(index="seed", columns="id", values="value") for method in ("dsft_logits", "tft")]
+        of_id = rows.drop_duplicates("id").set_index("id")["cluster"]
+        expected = bootstrap((pairs[0] - pairs[1]).to_numpy(), clusters=of_id[pairs[0].columns])
+        assert (clustered.low, clustered.high, clustered.p) == expected == estimate(*contrast(items, cells))[1:4]
+    both = gains(items, [("dsft_logits", "tft")]).iloc[0]
+    assert both["gain"] == pytest.approx(1.5) and both["items"] == 900
+    assert both["high"] - both["low"] > np.subtract(*gains(alone, [("dsft_logits", "tft")]).iloc[0][["high", "low"]])
+
+
+def test_passages_of_two_benchmarks_are_not_one_cluster(measured):
+    """XQuAD's and XCOPA's clusters have the same names here."""
+    items = on_target(in_percent(load_item_scores(load_study("toy")))).query("target == 'zh'")
+    cells = {("micro-llama", "zh", "tft", dataset, "zh"): 0.5 for dataset in ("xquad", "xcopa")}
+    assert len(set(contrast(items, cells).clusters)) == 400 // 20 + 500 // 20
 
 
 @pytest.mark.parametrize("load", [load_results, load_item_scores, load_entropy])
@@ -370,6 +524,24 @@ def analyse(project, name):
 
 
 EVERY = ["table1", "table2", "retention", "figure1", "figure2", "cost"]
+
+
+def test_bits_of_a_study_and_of_one_that_has_none(measured):
+    shown = analyse(measured, "bits")
+    folder = measured / "figures" / "toy"
+    assert {p.name for p in folder.iterdir()} == {f"{name}.{kind}" for name in ("bits", "bits_against_tft", "bits_english") for kind in ("csv", "md")}
+    table = pd.read_csv(folder / "bits.csv")
+    assert set(table["metric"]) == {"bits_per_byte"} and set(table["dataset"]) == {"xquad", "xcopa", "instructions"}
+    assert "and below in 2 of 3 cells" in shown  # the instructions are alike
+    english = pd.read_csv(folder / "bits_english.csv").set_index(["target", "method", "dataset"])["change"]
+    assert english["zh", "tft", "xquad"] == pytest.approx(-0.24, abs=0.01) and english["zh", "tft", "instructions"] == 0
+    assert "after TFT the right English answers take 0.1" in shown and "bits a byte less than before" in shown
+    assert "bits" not in analyse(measured, "retention").replace("bits.ipynb", "")
+
+
+def test_bits_of_runs_from_before_they_were_measured(project):
+    assert "The models of study toy were evaluated before bits a byte were measured." in analyse(project, "bits")
+    assert not (project / "figures").exists()
 
 
 def test_analysis_notebooks_from_runs_and_again_from_their_own_tables(project):
