@@ -15,9 +15,9 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 # A name or path as one word of the shell, whatever is in it; and as YAML, which is what Snakemake reads a value of --config as.
-word = '$(subst ','\'',$(1))'
+quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
-SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call word,study=$(call text,$(STUDY)))
+SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
 
 .PHONY: study study-plan rehearse test cases notebooks lab bases readme bench
 .DEFAULT_GOAL := study
@@ -31,17 +31,17 @@ SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call word,
 	@touch $@
 
 study: .venv/installed
-	@dsft_check $(call word,$(STUDY))
-	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host || dsft_failures $(call word,$(STUDY))
-	@dsft_headline $(call word,$(STUDY))
+	@dsft_check $(call quoted,$(STUDY))
+	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host || dsft_failures $(call quoted,$(STUDY))
+	@dsft_headline $(call quoted,$(STUDY))
 
 study-plan: .venv/installed
-	@dsft_check $(call word,$(STUDY)) --plan
+	@dsft_check $(call quoted,$(STUDY)) --plan
 	@$(SNAKEMAKE) --cores $(CORES) --dry-run --quiet host
 
 # The whole study small, to its last table, on the CPU: before days on rented GPUs.
 rehearse: .venv/installed
-	@file=$$(dsft_rehearse $(call word,$(STUDY))) && CUDA_VISIBLE_DEVICES= PATH="$(CURDIR)/runs/rehearsal/bin:$$PATH" $(MAKE) --no-print-directory study PROFILE=local STUDY="$$file"
+	@file=$$(dsft_rehearse $(call quoted,$(STUDY))) && CUDA_VISIBLE_DEVICES= PATH="$(CURDIR)/runs/rehearsal/bin:$$PATH" $(MAKE) --no-print-directory study PROFILE=local STUDY="$$file"
 
 test: .venv/installed
 	bash tests/in_step.sh

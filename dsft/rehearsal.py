@@ -7,7 +7,7 @@ __all__ = ['ROWS', 'STEPS', 'ITEMS', 'Tell', 'places', 'place', 'sentence', 'tab
            'config_by_name', 'small_tokenizer', 'look_up', 'write_model', 'hub_in_reach', 'rehearse_models',
            'rehearse_data', 'rehearse_recipe', 'rehearse_evaluation', 'rehearse_training', 'rehearsed', 'rehearse']
 
-# %% ../nbs/31_rehearsal.ipynb #7222fbbe
+# %% ../nbs/31_rehearsal.ipynb #91c942b3
 import copy
 import json
 import sys
@@ -35,31 +35,36 @@ from .study import Study, load_study
 from .tables import open_table
 from .training import load_recipe
 
-# %% ../nbs/31_rehearsal.ipynb #614ac0f1
+# %% ../nbs/31_rehearsal.ipynb #4f4ccd94
 @cache
 def places(lang: str) -> dict[str, str]:
-    """Code -> name of the countries in a language; the English names where babel does not have it."""
+    """Code -> name of countries and islands in a language; the English names where babel does not have it."""
     for code in (lang.replace("-", "_"), base_code(lang)):
         with suppress(UnknownLocaleError, ValueError):
             return dict(Locale.parse(code).territories)
     return places("en")
 
 
-_CODES = sorted(code for code, name in places("en").items() if len(code) == 2 and code.isalpha() and name.isascii())
+def _told_apart(code: str) -> bool:
+    """Whether a name has no accent in English and one in Vietnamese, by which these two are told apart."""
+    return len(code) == 2 and places("en")[code].isascii() and not places("vi").get(code, "").isascii()
+
+
+_CODES = sorted(filter(_told_apart, places("en")))
 
 
 def place(lang: str, n: int) -> str:
-    """The name of the n-th country."""
+    """The name of the n-th place."""
     code = _CODES[n % len(_CODES)]
     return places(lang).get(code) or places("en")[code]
 
 
 def sentence(lang: str, n: int) -> str:
-    """A list of countries, the n-th in every language the same, and no two of a hundred alike; some longer, some shorter."""
+    """A list of places, the n-th in every language the same, and no two of a hundred alike; some longer, some shorter."""
     names = [place(lang, n + 7 * k) for k in range(2 + n % 5)]
     return ("the " if lang == "en" else "") + (" and the " if lang == "en" else ", ").join(names)
 
-# %% ../nbs/31_rehearsal.ipynb #6cecf9ea
+# %% ../nbs/31_rehearsal.ipynb #c5f77038
 ROWS = 64  # of a table that stands in; from 30 on the lengths of questions are compared
 
 
@@ -74,7 +79,7 @@ def table_rows(table: Table, lang: str, join: str) -> list[dict[str, str]]:
         rows.append({names.id: str(n)} | row if join == "id" else row)
     return rows
 
-# %% ../nbs/31_rehearsal.ipynb #4b1a9d87
+# %% ../nbs/31_rehearsal.ipynb #ce3a9059
 _ITEMS = 12  # of a split
 
 
@@ -125,7 +130,7 @@ def _mmlu(lang: str, numbers: Sequence[int], languages: Sequence[str]) -> str:
 def _flores(lang: str, numbers: Sequence[int], languages: Sequence[str]) -> str:
     return "".join(f"{sentence(lang, n)}\n" for n in numbers)
 
-# %% ../nbs/31_rehearsal.ipynb #221bd0eb
+# %% ../nbs/31_rehearsal.ipynb #7e2e05eb
 _WRITERS = {"xquad": _squad, "mlqa": _squad, "mkqa": _mkqa, "truthfulqa": _truthfulqa, "xnli": _xnli, "xcopa": _xcopa,
             "xstorycloze": _xstorycloze, "mmlu": _mmlu, "flores": _flores}  # fmt: skip
 
@@ -141,7 +146,7 @@ def write_benchmarks(names: Sequence[str], languages: Sequence[str], folder: Pat
                 with replacing(file) as temporary:
                     temporary.write_text(_WRITERS[name](lang, range(_ITEMS * number, _ITEMS * (number + 1)), languages), encoding="utf-8")
 
-# %% ../nbs/31_rehearsal.ipynb #7fec5c41
+# %% ../nbs/31_rehearsal.ipynb #912c8b49
 _WIDTHS = {  # under all names that architectures have for them; depth is kept of decoders and not of translators
     "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "head_dim": 8, "num_attention_heads": 4,
     "d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
@@ -163,8 +168,8 @@ def narrowed(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         setattr(small, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
     return small
 
-# %% ../nbs/31_rehearsal.ipynb #3b9ef0e2
-_NAMED_OTHERWISE = {"smollm2": ("llama", {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True})}
+# %% ../nbs/31_rehearsal.ipynb #ec313839
+_NAMED_OTHERWISE = {"smollm2": ("llama", {"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True})}
 
 
 def config_by_name(name: str, deepest: int = 1) -> PretrainedConfig:
@@ -176,7 +181,7 @@ def config_by_name(name: str, deepest: int = 1) -> PretrainedConfig:
     config = CONFIG_MAPPING[kind](**sizes)
     return config if config.num_hidden_layers >= deepest else CONFIG_MAPPING[kind](**sizes | {"num_hidden_layers": deepest})
 
-# %% ../nbs/31_rehearsal.ipynb #f562487d
+# %% ../nbs/31_rehearsal.ipynb #78ff4c4c
 def small_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of the microcosm, without a token for padding."""
     own = AutoTokenizer.from_pretrained(project_root() / "models" / "micro-llama")
@@ -204,7 +209,7 @@ def write_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, fo
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
-# %% ../nbs/31_rehearsal.ipynb #c9bad258
+# %% ../nbs/31_rehearsal.ipynb #2bcca82c
 STEPS, ITEMS = 2, 4
 Tell = Callable[[str], None]
 
@@ -222,7 +227,7 @@ def _deepest(study: Study) -> int:
     fixed = [] if study.layers == "entropy" else [study.layers.j]
     return max([1, *fixed, *(s.layer for method in study.every_method.values() for s in method.supervisions if isinstance(s.layer, int))])
 
-# %% ../nbs/31_rehearsal.ipynb #14599450
+# %% ../nbs/31_rehearsal.ipynb #e71cdb68
 def rehearse_models(study: Study, folder: Path, online: bool, tell: Tell) -> dict[str, Any]:
     """Model -> its part of the file: narrow models in `folder`, and short pretraining for a base that is not there yet."""
     models = {}
@@ -241,7 +246,7 @@ def rehearse_models(study: Study, folder: Path, online: bool, tell: Tell) -> dic
         tell(f"models.{name}: random and narrow in place of {params.path}: {what}")
     return {name: model | ({"published": study.models[name].published} if study.models[name].published else {}) for name, model in models.items()}
 
-# %% ../nbs/31_rehearsal.ipynb #b1a03db2
+# %% ../nbs/31_rehearsal.ipynb #18d5475e
 def _first_rows(study: Study) -> dict[str, list[dict[str, Any]]]:
     """Language -> the first rows of its table; raises `ParamsError` for a table that cannot be had."""
     tables = {lang: open_table(table, f"data.files.{lang}")[0] for lang, table in study.data.files.items()}
@@ -268,7 +273,7 @@ def rehearse_data(study: Study, folder: Path, online: bool, tell: Tell) -> dict[
         files[lang] = table.model_dump(include={"format", "fields"}, exclude_unset=True) | {"path": str((folder / f"{lang}.json").relative_to(project_root()))}
     return items | {"files": files}
 
-# %% ../nbs/31_rehearsal.ipynb #f33afc27
+# %% ../nbs/31_rehearsal.ipynb #1ba8e3e1
 def _write_translator(name: str, codes: dict[str, str], folder: Path, online: bool) -> None:
     """Save what stands in for a translation model that knows these codes of languages."""
     config, tokenizer = look_up(name, online)
@@ -294,7 +299,7 @@ def _option_file(option: str, lang: str, folder: Path) -> str | list[str]:
     words = [(place("en", n), place(lang, n)) for n in range(len(_CODES)) if " " not in place("en", n)]
     return _write_text(folder / f"en-{lang}.txt", [f"{word.lower()}\t{said}" for word, said in words])
 
-# %% ../nbs/31_rehearsal.ipynb #725bbc04
+# %% ../nbs/31_rehearsal.ipynb #1e43afe9
 def rehearse_recipe(study: Study, recipe: str, folder: Path, online: bool, tell: Tell) -> dict[str, Any]:
     """The options of a recipe that change."""
     fields, given = load_recipe(recipe).options.model_fields, study.recipes.get(recipe, {})
@@ -311,7 +316,7 @@ def rehearse_recipe(study: Study, recipe: str, folder: Path, online: bool, tell:
         tell(f"recipes.{recipe}.translator: random and narrow in place of {name}")
     return changed
 
-# %% ../nbs/31_rehearsal.ipynb #c565f027
+# %% ../nbs/31_rehearsal.ipynb #3a6297ef
 def _unreachable(study: Study, online: bool) -> str:
     """Why the study's benchmarks cannot be had; "" when they can."""
     evaluation = study.evaluation
@@ -344,7 +349,7 @@ def rehearse_evaluation(study: Study, folder: Path, online: bool, tell: Tell) ->
         tell(f"evaluation.comet: a program that says the same of every translation, in place of {evaluation.comet}")
     return changed
 
-# %% ../nbs/31_rehearsal.ipynb #417cd660
+# %% ../nbs/31_rehearsal.ipynb #e0f04042
 def rehearse_training(study: Study, folder: Path, tell: Tell) -> dict[str, Any]:
     """The fields of the training that change; examples are accumulated over two batches if they are over several."""
     train = study.train
@@ -357,7 +362,7 @@ def rehearse_training(study: Study, folder: Path, tell: Tell) -> dict[str, Any]:
         tell(f"train.launch: one process on the CPU in place of {train.launch}")
     return changed
 
-# %% ../nbs/31_rehearsal.ipynb #44bb55a7
+# %% ../nbs/31_rehearsal.ipynb #efee42af
 def rehearsed(study: str | Path, folder: Path, tell: Tell = print) -> dict[str, Any]:
     """The contents of a study file that is `study` made small; what stands in for what it names is written to `folder`, inside the project.
 
@@ -378,7 +383,7 @@ def rehearsed(study: str | Path, folder: Path, tell: Tell = print) -> dict[str, 
     content.pop("name", None)
     return content | {"runs": "runs/rehearsal", "figures": "runs/rehearsal/figures"}
 
-# %% ../nbs/31_rehearsal.ipynb #c26eb1e1
+# %% ../nbs/31_rehearsal.ipynb #469e0d77
 _COMET = """#!/bin/sh
 # In a rehearsal in place of comet-score, whose model is large.
 echo "a rehearsal	score: 0.5000"
