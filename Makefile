@@ -1,7 +1,9 @@
-# make study [STUDY=name] [CORES=n] · make study-plan · make test · make notebooks · make lab · make bases · make model-gemma3 · make bench · make readme
+# make study [STUDY=name] [CORES=n] [PROFILE=slurm] · make study-plan · make rehearse · make test · make cases · make notebooks · make lab · make bases · make model-gemma3 · make bench · make readme
 # Every target sets up .venv by itself first.
 STUDY ?= micro
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+# Where the jobs run: a folder of params/profiles/.
+PROFILE ?= local
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -12,10 +14,12 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 # glibc gives large buffers back when they are freed, and the kernel clears every page again at the next step: a quarter of a step's time at a vocabulary of 256k (nbs/benchmarks/vocabulary.ipynb).
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
-# Snakemake goes through its whole queue again and again, once every such span, and more often the more jobs have ended: at its default, each second, that took a quarter of a core.
-SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete --max-jobs-per-timespan 1000/5s --max-checksum-file-size 100MB
+# A name or path as one word of the shell, whatever is in it; and as YAML, which is what Snakemake reads a value of --config as.
+quoted = '$(subst ','\'',$(1))'
+text = '$(subst ','',$(1))'
+SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
 
-.PHONY: study study-plan test notebooks lab bases model-gemma3 readme bench
+.PHONY: study study-plan rehearse test cases notebooks lab bases model-gemma3 readme bench
 .DEFAULT_GOAL := study
 
 # torch comes first and by itself: its CPU build is found before anything asks for another one.
@@ -27,18 +31,26 @@ SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete --max-
 	@touch $@
 
 study: .venv/installed
-	@dsft_check $(STUDY)
-	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host
-	@dsft_headline $(STUDY)
+	@dsft_check $(call quoted,$(STUDY))
+	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host || dsft_failures $(call quoted,$(STUDY))
+	@dsft_headline $(call quoted,$(STUDY))
 
 study-plan: .venv/installed
-	@dsft_check $(STUDY) --plan
+	@dsft_check $(call quoted,$(STUDY)) --plan
 	@$(SNAKEMAKE) --cores $(CORES) --dry-run --quiet host
+
+# The whole study small, to its last table, on the CPU: before days on rented GPUs.
+rehearse: .venv/installed
+	@file=$$(dsft_rehearse $(call quoted,$(STUDY))) && CUDA_VISIBLE_DEVICES= PATH="$(CURDIR)/runs/rehearsal/bin:$$PATH" $(MAKE) --no-print-directory study PROFILE=local STUDY="$$file"
 
 test: .venv/installed
 	bash tests/in_step.sh
 	nbdev_test --n_workers $(CORES) --do_print
 	pytest
+
+# What once went wrong, a case a file; exit code 1 of a case means that it does again.
+cases: .venv/installed
+	bash tests/cases/run.sh
 
 # Executes the notebooks whose committed outputs are out of date.
 notebooks: .venv/installed

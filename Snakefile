@@ -6,23 +6,26 @@
 What the graph makes, Snakemake tracks by time and checksum. What it finds - notebooks, the library, data, a base model - counts by
 content: a digest among the parameters of the rule. Editing such a file makes again what depends on it, touching it does not.
 
-Run it with `make study`, look at it with `make study-plan`; on a cluster add a Snakemake profile, for example
-`snakemake --config study=llama2-7b --executor slurm --jobs 24`.
+Run it with `make study`, look at it with `make study-plan`; `PROFILE=slurm` and the like run it on a cluster (params/profiles/). Whatever a study file or a
+path may hold - spaces, quotes, signs - reaches a shell quoted (`:q`) and a pattern escaped.
 """
 
 import fcntl
 import os
+import re
 import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+import yaml
 
 from dsft.files import code_digest, contents, digest, import_closure, located, package_data
 from dsft.kernels import start_server
 from dsft.metrics import INSTRUCTIONS
 from dsft.study import load_study
 
-STUDY = config.get("study", "micro")
+STUDY = str(config.get("study", "micro"))
 study = load_study(STUDY)
 methods = study.every_method.values()
 folder = os.path.relpath(study.folder())
@@ -73,7 +76,7 @@ for prompt in study.evaluation.prompt[1:]:  # the same models, asked in another 
 # Some of them need runs that not every study has.
 plain = [m for m in methods if not m.variant and m.items is None]  # at most its layers differ from the method it is a variation of
 ablation = any(m.stem == m.name and len({s.stage for s in m.supervisions}) == 1 for m in methods)
-sizes = {(m.stem, m.items or study.data.items) for m in methods if not m.variant and not m.layers}
+sizes = {(m.stem, m.items or study.data.items) for m in methods if not m.variant and not m.layers and (m.items or study.data.items)}
 POSSIBLE = {
     "table3": ablation,
     "table4": ablation and "flores" in study.evaluation.benchmarks,
@@ -107,25 +110,28 @@ onstart:
 
 
 wildcard_constraints:
-    model="|".join(study.models),
-    lang="|".join(["en", *study.languages]),
+    model="|".join(map(re.escape, study.models)),
+    lang="|".join(map(re.escape, ["en", *study.languages])),
     method="|".join(dict.fromkeys(r.method.name for r in [*runs.values(), *trainings.values()])),
     seed=r"\d+",
 
 
-def notebook(name, **parameters):
-    """The command that executes a notebook; its executed copy is the rule's log, its progress bars go to the terminal."""
-    given = "".join(f" -r {key} {value}" for key, value in parameters.items())
-    return f"OMP_NUM_THREADS={{threads}} python -m dsft.kernels {{input.notebook}} {{log}} --no-progress-bar --stderr-file /dev/stderr{given}"
+def notebook(**parameters):
+    """The command that executes a rule's notebook for the study; its executed copy is the rule's log, its progress bars go to the terminal.
+
+    `parameters` name what Snakemake fills in, each quoted for the shell.
+    """
+    given = "".join(f" -r {key} {{{value}:q}}" for key, value in {"study": "STUDY", **parameters}.items())
+    return f"OMP_NUM_THREADS={{threads}} python -m dsft.kernels {{input.notebook}} {{log:q}} --no-progress-bar --stderr-file /dev/stderr{given}"
 
 
 SEED = " -p seed {wildcards.seed}"
-OF_A_RUN = dict(study=STUDY, model="{wildcards.model}", lang="{wildcards.lang}", method="{wildcards.method}")
-TRAIN = notebook("train", **OF_A_RUN | {"lang": "{params.lang}"}) + SEED
+OF_A_RUN = dict(model="wildcards.model", lang="wildcards.lang", method="wildcards.method")
+TRAIN = notebook(**OF_A_RUN | {"lang": "params.lang"}) + SEED
 if study.train.launch:  # on several processes: the same training without its notebook
     TRAIN = (
-        f"set -o pipefail; accelerate launch --config_file {study.train.launch} -m dsft.training {STUDY} --model {{wildcards.model}}"
-        " --lang {params.lang} --method {wildcards.method} --seed {wildcards.seed} 2>&1 | tee {log}"
+        "set -o pipefail; accelerate launch --config_file {study.train.launch:q} -m dsft.training {STUDY:q} --model={wildcards.model:q}"
+        " --lang {params.lang:q} --method {wildcards.method:q} --seed {wildcards.seed} 2>&1 | tee {log:q}"
     )
 
 
@@ -205,18 +211,34 @@ def recipe_rows(w):
     return [os.path.relpath(run.recipe_rows)] if run.method.recipes else []
 
 
+@cache
+def large(model):
+    """Whether a base wants a GPU: one of the hub, or a gigabyte of weights and more."""
+    base = Path(study.base(model))
+    return not study.models[model].pretrain and (not base.is_dir() or sum(file.stat().st_size for file in base.glob("*.safetensors")) > 1e9)
+
+
+def needs(small, big):
+    """What the jobs of a rule ask of a cluster, (MB, minutes, GPUs), for a small base and for a large one; a profile may say otherwise (params/profiles/)."""
+    return {name: lambda w, n=n: (big if large(w.model) else small)[n] or None for n, name in enumerate(("mem_mb", "runtime", "gpu"))}
+
+
+launch = yaml.safe_load(Path(study.train.launch).read_text(encoding="utf-8")) if study.train.launch else {}
+PROCESSES = launch.get("num_processes", 1) // launch.get("num_machines", 1)  # of a training, on one machine
+
+
 rule all:
     input:
         [f"{figures}/{name}" for names in ANALYSES.values() for name in names],
 
 
-for name, model in study.models.items():
+for number, name in enumerate(study.models, 1):
     before = []
     for step, made in study.base_steps(name).items():
 
         rule:
             name:
-                f"{step}_{name}"
+                f"{step}_{number}"
             input:
                 before=before,
                 notebook=ancient(f"nbs/experiments/{step}.ipynb"),
@@ -224,11 +246,14 @@ for name, model in study.models.items():
                 [os.path.relpath(Path(made) / file) for file in BASE],
             log:
                 f"{folder}/{name}/{step}.ipynb",
+            resources:
+                mem_mb=8_000,
+                runtime=240,
             params:
                 model=name,
                 spec=BASE_STEPS[step](name),
             shell:
-                notebook(step, study=STUDY, model="{params.model}")
+                notebook(model="params.model")
 
         before = [os.path.relpath(Path(made) / file) for file in BASE[:4]]
 
@@ -242,13 +267,15 @@ rule select_layers:
         f"{folder}/{{model}}/{{lang}}/layers_provenance.json",
     log:
         f"{folder}/{{model}}/{{lang}}/select_layers.ipynb",
+    resources:
+        **needs((4_000, 60, 0), (64_000, 240, 0)),
     params:
         spec=study.model_dump(mode="json", include={"layers": True, "data": True, "evaluation": {"source", "facts"}}),
         files=lambda w: contents([*study.data_files(w.lang), *study.evaluation.facts_files(w.lang)]),
         base=lambda w: found_base(w.model),
         code=code("nbs/experiments/select_layers.ipynb"),
     shell:
-        notebook("select_layers", study=STUDY, model="{wildcards.model}", lang="{wildcards.lang}")
+        notebook(model="wildcards.model", lang="wildcards.lang")
 
 
 rule recipe_rows:
@@ -260,12 +287,14 @@ rule recipe_rows:
         f"{RUN}/recipe_rows_report.json",
     log:
         f"{RUN}/recipe_rows.ipynb",
+    resources:
+        **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
         spec=lambda w: {part: trainings[tuple(w)].inputs[part] for part in ("data", "recipes", "files")},
         base=lambda w: found_base(w.model),
         code=lambda w: code("nbs/experiments/recipe_rows.ipynb", trainings[tuple(w)].method.recipes),
     shell:
-        notebook("recipe_rows", **OF_A_RUN) + SEED
+        notebook(**OF_A_RUN) + SEED
 
 
 rule train:
@@ -280,6 +309,9 @@ rule train:
         f"{RUN}/data_report.json",
     log:
         f"{RUN}/train.{'log' if study.train.launch else 'ipynb'}",
+    threads: PROCESSES
+    resources:
+        **needs((4_000, 240, 0), (256_000, 2880, PROCESSES)),
     params:
         spec=lambda w: trainings[tuple(w)].inputs,
         lang=lambda w: trainings[tuple(w)].lang,
@@ -297,13 +329,15 @@ rule evaluate:
         [f"{RUN}/{name}" for name in EVALUATION],
     log:
         f"{RUN}/evaluate.ipynb",
+    resources:
+        **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
         spec=study.model_dump(mode="json", include={"evaluation", *(["data"] if INSTRUCTIONS in study.evaluation.benchmarks else [])}),
         files=lambda w: contents([*benchmark_files(w.lang), *study.evaluation.facts_files(w.lang)]),
         base=lambda w: "" if runs[tuple(w)].method.stages else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),
     shell:
-        notebook("evaluate", **OF_A_RUN) + SEED
+        notebook(**OF_A_RUN) + SEED
 
 
 RESULTS = [os.path.relpath(r.folder / name) for r in runs.values() for name in EVALUATION]
@@ -324,7 +358,10 @@ for name, outputs in ANALYSES.items():
             [f"{figures}/{output}" for output in outputs],
         log:
             f"{folder}/analysis/{name}.ipynb",
+        resources:
+            mem_mb=8_000,
+            runtime=60,
         params:
             code=code(f"nbs/analysis/{name}.ipynb"),
         shell:
-            notebook(name, study=STUDY)
+            notebook()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'published_numbers', 'summarise', 'verdict', 'markdown_table', 'paper_layout', 'caption',
-           'write_table', 'one_stage', 'paper_table', 'figure_style', 'legend_above', 'save_figure', 'headline']
+           'write_table', 'one_stage', 'paper_table', 'figure_style', 'legend_above', 'save_figure',
+           'save_without_rows', 'headline']
 
 # %% ../nbs/26_report.ipynb #73032f68
 import os
@@ -188,10 +189,10 @@ def caption(summary: pd.DataFrame, published_as: dict[str, str | None] | None = 
 
 # %% ../nbs/26_report.ipynb #9692a58d
 def write_table(table: pd.DataFrame, folder: str | Path, name: str, text: str | None = None) -> None:
-    """Write <folder>/<name>.csv, numbers to four digits, and <folder>/<name>.md: `text`, or else the same rows in Markdown."""
+    """Write <folder>/<name>.csv, numbers to four digits, and <folder>/<name>.md: `text`, or else the same rows in Markdown, or that there are none."""
     write_csv(table.round(4), Path(folder) / f"{name}.csv")
     with replacing(Path(folder) / f"{name}.md") as temporary:
-        temporary.write_text((text or markdown_table(table)) + "\n", encoding="utf-8")
+        temporary.write_text((text or markdown_table(table) + "\n\nThere are no such runs." * table.empty) + "\n", encoding="utf-8")
 
 # %% ../nbs/26_report.ipynb #fb61e623
 def one_stage(methods: Iterable[Method]) -> list[str]:
@@ -218,13 +219,13 @@ def paper_table(
 
     Of the scores in the language a run was trained for: those of `datasets`, of `methods` and the controls, and of `targets`, if they are given; in percent or `in_bits`. Where the
     study also asks with other prompts, their table stands below, and in <name>_<prompt>.csv. Where it has none of `methods`,
-    the text says so and nothing is written.
+    the text says so.
     """
     chosen = lambda table: _chosen(unit(table), datasets, methods, targets)
     summary, comparison = summarise(chosen(load_results(study)), study.published_as), compare(chosen(load_item_scores(study)))
-    if methods is not None and not summary["method"].isin(methods).any():
-        return f"Study {study.name} has no runs of {', '.join(methods)} on these benchmarks.", comparison
     text = paper_layout(summary, comparison) + "\n\n" + caption(summary, study.published_as, comparison)
+    if methods is not None and not summary["method"].isin(methods).any():
+        text = f"Study {study.name} has no runs of {', '.join(methods)} on these benchmarks."
     for prompt in study.evaluation.prompt[1:]:
         other = summarise(chosen(load_results(study, prompt)), study.published_as)
         write_csv(other[TABLE_COLUMNS].round(4), study.figures_folder() / f"{name}_{prompt}.csv")
@@ -258,6 +259,14 @@ def save_figure(figure: plt.Figure, folder: str | Path, name: str) -> None:
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         with replacing(Path(folder) / f"{name}.{kind}") as temporary, plt.rc_context({"svg.hashsalt": "dsft"}):
             figure.savefig(temporary, format=kind, dpi=150, metadata=metadata, facecolor="white")
+
+# %% ../nbs/26_report.ipynb #dd8f39d7
+def save_without_rows(text: str, folder: str | Path, name: str) -> None:
+    """Write <folder>/<name>.png and .svg with nothing but a sentence in them."""
+    figure = plt.figure(figsize=(8, 1))
+    figure.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, wrap=True)
+    save_figure(figure, folder, name)
+    plt.close(figure)
 
 # %% ../nbs/26_report.ipynb #20e682dd
 @call_parse

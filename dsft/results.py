@@ -179,7 +179,7 @@ def _committed(study: Study, name: str) -> pd.DataFrame:
     """The table `name` of figures/<study>/, where there are no runs to make it from."""
     path = study.figures_folder() / name
     if not path.exists():
-        raise FileNotFoundError(f"study {study.name}: neither finished runs nor a committed {name}; make them with: make study STUDY={study.name}")
+        raise FileNotFoundError(f"study {study.name}: neither finished runs nor a committed {name}; make them with: {study.command}")
     print(f"No finished runs of study {study.name} here: reading its committed {name}.")
     return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, keep_default_na=False, na_values=[""])
 
@@ -201,7 +201,7 @@ def with_methods(table: pd.DataFrame, study: Study) -> pd.DataFrame:
     all that the study has). Raises ParamsError for a method that the study does not have.
     """
     if strange := sorted(set(table["method"]) - study.every_method.keys()):
-        raise ParamsError(f"study {study.name} has no method {strange[0]}, which a table of it names; make the table again with: make study STUDY={study.name}")
+        raise ParamsError(f"study {study.name} has no method {strange[0]}, which a table of it names; make the table again with: {study.command}")
     known = pd.DataFrame([_columns_of(m) for m in study.every_method.values()], columns=METHOD_COLUMNS, index=list(study.every_method))
     return table.drop(columns=METHOD_COLUMNS, errors="ignore").join(known.astype({"examples": "Int64"}), on="method")
 
@@ -440,7 +440,7 @@ def write_provenance(study: Study) -> dict:
     packages = [step["packages"] for step in steps]
     summary = {
         "study": study.name,
-        "command": f"make study STUDY={study.name}",
+        "command": study.command,
         "runs": len(records),
         "seconds": round(sum(step["seconds"] for step in steps), 1),
         **{field: _values(steps, field) for field in ("commit", "dirty", "python", "hardware", "data_sha256", "base_sha256")},

@@ -8,6 +8,7 @@ __all__ = ['Methods', 'Seeds', 'Sweep', 'Study', 'files_named_in', 'Run', 'Recip
 # %% ../nbs/10_study.ipynb #bd1473ac
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,7 @@ from .files import ParamsError, contents, digest, exclusive, located, project_ro
 from .languages import base_code, nearest
 from .methods import Method, Part, Stage, method_from_name
 from .metrics import INSTRUCTIONS
-from .settings import DataParams, EvalParams, Language, Layers, ModelParams, Rule, TrainParams, one_line, read_settings
+from .settings import DataParams, EvalParams, FilePath, FolderName, Language, Layers, ModelParams, Rule, TrainParams, one_line, read_settings
 
 # %% ../nbs/10_study.ipynb #2130af3c
 def _method(value: Any) -> Any:
@@ -53,8 +54,8 @@ class Sweep(Part):
 class Study(Part):
     """A whole study: every combination of model, target language, method and seed is one run, and those of the sweeps."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")  # the file's name without .yaml
-    models: Annotated[dict[str, ModelParams], Field(min_length=1)]
+    name: FolderName  # the file's name without .yaml
+    models: Annotated[dict[FolderName, ModelParams], Field(min_length=1)]
     languages: Annotated[tuple[Language, ...], Field(min_length=1), AfterValidator(_distinct)]
     methods: Methods
     seeds: Seeds = (0,)
@@ -64,8 +65,8 @@ class Study(Part):
     train: TrainParams = TrainParams()
     recipes: dict[str, dict[str, Any]] = {}  # recipe -> its options, which its own module describes (dsft.recipes)
     evaluation: EvalParams = EvalParams()
-    runs: str = "runs"  # folder for everything the study writes
-    figures: str = "figures"  # folder for its tables and figures
+    runs: FilePath = "runs"  # folder for everything the study writes
+    figures: FilePath = "figures"  # folder for its tables and figures
     _file: str = PrivateAttr("")  # what `load_study` read: a name in params/ or a path
 
     @model_validator(mode="after")
@@ -161,6 +162,12 @@ def base_steps(self: Study, model: str) -> dict[str, str]:
 def file(self: Study) -> str:
     """By what `load_study` finds it again: its name, or the path of its file."""
     return self._file or self.name
+
+
+@patch(as_prop=True)
+def command(self: Study) -> str:
+    """The command line that makes all of the study."""
+    return f"make study STUDY={shlex.quote(self.file).replace('$', '$$')}"
 
 
 @patch(as_prop=True)
@@ -366,8 +373,8 @@ def parameters(self: Run, notebook: str) -> dict[str, Any]:
 @patch
 def command(self: Run, notebook: str) -> str:
     """The command line that executes a notebook of nbs/experiments for this run, from the root of the project."""
-    given = "".join(f" -p {name} {value}" for name, value in self.parameters(notebook).items())
-    return f"papermill nbs/experiments/{notebook}.ipynb out.ipynb{given}"
+    given = [(("-r" if isinstance(value, str) else "-p"), name, str(value)) for name, value in self.parameters(notebook).items()]  # -r: text, even if it looks like a number
+    return shlex.join(["papermill", f"nbs/experiments/{notebook}.ipynb", "out.ipynb", *(part for parts in given for part in parts)])
 
 # %% ../nbs/10_study.ipynb #344d2316
 @patch
@@ -441,7 +448,7 @@ def num_hidden_layers(study: Study, model: str) -> int | None:
 def _check_layers(study: Study, file: str) -> None:
     """Refuse a fixed layer above the last one of a model whose depth is known."""
     fixed = {} if isinstance(study.layers, str) else {"layers.i": study.layers.i, "layers.j": study.layers.j}
-    for m in study.methods:
+    for m in study.every_method.values():
         fixed |= {f"methods.{m.name}.{s.stage}.layer": s.layer for s in m.supervisions if isinstance(s.layer, int)}
     for model in study.models:
         top = num_hidden_layers(study, model)
