@@ -1,4 +1,4 @@
-# make study [STUDY=name] [CORES=n] · make study-plan · make test · make notebooks · make lab · make bases · make bench · make readme
+# make study [STUDY=name] [CORES=n] · make study-plan · make test · make notebooks · make lab · make bases · make bench · make faults · make audit · make readme
 # Every target sets up .venv by itself first.
 STUDY ?= micro
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -15,7 +15,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 # Snakemake goes through its whole queue again and again, once every such span, and more often the more jobs have ended: at its default, each second, that took a quarter of a core.
 SNAKEMAKE = snakemake --config study=$(STUDY) --nolock --rerun-incomplete --max-jobs-per-timespan 1000/5s --max-checksum-file-size 100MB
 
-.PHONY: study study-plan test notebooks lab bases readme bench
+.PHONY: study study-plan test notebooks lab bases readme bench faults audit
 .DEFAULT_GOAL := study
 
 # torch comes first and by itself: its CPU build is found before anything asks for another one.
@@ -68,3 +68,16 @@ bench: .venv/bench
 	@set -e; for notebook in $(BENCHMARKS); do name=$$(basename $$notebook .ipynb); sizes=params/benchmarks/$$name.yaml; \
 	  papermill $$notebook runs/$$name.ipynb $$(test ! -f $$sizes || echo -f $$sizes) --no-progress-bar --stderr-file /dev/stderr; done
 	@python -c 'from dsft.step_cost import print_bars; print_bars()'
+
+# The smoke study killed at random points and started again, until it is done: the same files as undisturbed, to the bit (report in runs/faults/).
+faults: .venv/installed
+	python tests/faults.py
+
+# pip-audit is needed here only, and looks at the pins, not at what is installed: it has an environment of its own.
+.venv/audit/installed:
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install --quiet 'pip-audit>=2.9'
+	@touch $@
+
+audit: .venv/installed .venv/audit/installed
+	@python tests/audit.py .venv/audit/bin/pip-audit
