@@ -55,7 +55,7 @@ def check_resources(study: Study) -> None:
             for lang in study.languages:
                 load_recipe(recipe).check(study.run(next(iter(study.models)), lang, method.name, 0), recipe_options(study, recipe))
 
-# %% ../nbs/27_checks.ipynb #c99fa838
+# %% ../nbs/27_checks.ipynb #a7013389
 LEAST_FREE = 2**24  # bytes
 
 

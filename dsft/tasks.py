@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmark_items import BENCHMARK_SEED, Item, directions, load_benchmark
 from .cached_lm import SharedContextLM
-from .files import ParamsError, read_rows, replacing, write_jsonl
+from .files import ParamsError, json_digest, read_rows, replacing, write_jsonl
 from .metrics import BENCHMARKS, TRANSLATION, NotAvailable, chrf, comet, f1, spbleu
 from .microcosm import World
 from .prompts import TEMPLATES, Template, benchmark_wording
@@ -219,11 +219,12 @@ def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
 
     `delimiter` as in `task_config`. Raises `ParamsError`, one line, for benchmark files that are missing or broken (see dsft.benchmark_items).
     """
-    tasks = []
+    asked = json_digest([study.evaluation.model_dump(mode="json"), study.data.template, delimiter])
+    tasks, folder = [], study.folder("benchmarks", lang, asked[:8])  # evaluations that ask in another way may go on at the same time
     for name in study.evaluation.benchmarks:
         rows_of = _microcosm_rows if study.evaluation.source == "microcosm" else _real_rows
         for (direction, prompt), rows in rows_of(name, lang, study).items():
-            task = Task(name, direction, prompt, study.folder("benchmarks", lang))
+            task = Task(name, direction, prompt, folder)
             write_jsonl(task.rows_file, rows)
             with replacing(task.folder / f"{task.name}.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(task_config(task, study, delimiter), allow_unicode=True), encoding="utf-8")

@@ -104,7 +104,7 @@ def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, nu
         raise ParamsError(f"{what}, more than data.max_dropped = {limit:g}; raise one of the two")
     return rows, examples
 
-# %% ../nbs/20_training.ipynb #8df0b057
+# %% ../nbs/20_training.ipynb #7a24d864
 def _checkpoints(directory: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>` in a directory, the newest first."""
     steps = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in Path(directory).glob("checkpoint-*")}
@@ -218,8 +218,8 @@ def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrai
 
 # %% ../nbs/20_training.ipynb #151e79e3
 def _log(trainer: DSFTTrainer) -> list[dict[str, Any]]:
-    """The entries of the log that tell of losses."""
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    """The entries of the log that tell of losses, sorted by key, as they are in a checkpoint."""
+    return [dict(sorted(entry.items())) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def _train_seconds(trainer: DSFTTrainer) -> float:
