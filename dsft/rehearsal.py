@@ -27,9 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .benchmark_items import FLORES_CODES, MKQA_LANG, SOURCES, STORY_HEADER, load_benchmark
+from .benchmark_items import SOURCES, STORY_HEADER, load_benchmark
 from .files import ParamsError, project_root, replacing, write_json, write_jsonl
-from .languages import base_code, language_name
+from .languages import base_code, flores_code, language_name
 from .settings import Table, read_settings
 from .study import Study, load_study
 from .tables import open_table
@@ -98,7 +98,7 @@ def _squad(lang: str, numbers: Sequence[int], languages: Sequence[str]) -> str:
 
 
 def _mkqa(lang: str, numbers: Sequence[int], languages: Sequence[str]) -> str:
-    codes = {MKQA_LANG.get(lang, lang): lang for lang in languages}
+    codes = {"zh_cn" if lang == "zh" else lang: lang for lang in languages}
     answers = lambda n: {code: [{"type": "entity", "entity": f"Q{n}", "text": place(lang, n), "aliases": [place("en", n)]}] for code, lang in codes.items()}
     return _lines([{"example_id": n, "query": sentence("en", n), "queries": {code: sentence(lang, n) for code, lang in codes.items()}, "answers": answers(n)} for n in numbers])
 
@@ -141,7 +141,7 @@ def write_benchmarks(names: Sequence[str], languages: Sequence[str], folder: Pat
     for name, lang in product(names, languages):
         source = SOURCES[name]
         for number, split in enumerate(source.splits):
-            file = folder / name / source.files[0].format(lang=lang, split=split, code=FLORES_CODES.get(lang, lang))
+            file = folder / name / source.files[0].format(lang=lang, split=split, code=flores_code(lang))
             if source.langs is None or lang in source.langs:
                 with replacing(file) as temporary:
                     temporary.write_text(_WRITERS[name](lang, range(_ITEMS * number, _ITEMS * (number + 1)), languages), encoding="utf-8")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rate', 'Share', 'Language', 'FilePath', 'FolderName', 'BenchmarkName', 'Rule', 'PretrainParams', 'Vocabulary',
            'ModelParams', 'Fields', 'Table', 'DataParams', 'TrainParams', 'EvalParams', 'Layers', 'one_line',
-           'read_settings']
+           'read_settings', 'check_places']
 
 # %% ../nbs/09_settings.ipynb #662bcf83
 import os
@@ -224,6 +224,8 @@ class EvalParams(Part):
             raise ValueError("`splits` and `prompt: [harness]` need the real benchmarks; set source: files or source: hub")
         if INSTRUCTIONS in self.benchmarks and "dsft" not in self.prompt:
             raise ValueError("`benchmarks: [instructions]` are asked as in training; add dsft to `prompt`")
+        if refused := {"trust_remote_code", "pretrained", "tokenizer"} & self.backend_args.keys():
+            raise ValueError(f"`backend_args` must not set {min(refused)}: the study evaluates its own models, with the code that is installed")
         for name, values in (("benchmarks", self.benchmarks), ("prompt", self.prompt)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"`{name}` must name at least one, and each once")
@@ -315,3 +317,17 @@ def read_settings(study: str | Path) -> tuple[dict[str, Any], Path, str]:
     """What a study file says, with what it takes over from others; its path; and how messages call it. Errors as in `dsft.study.load_study`."""
     path, shown = _locate(study)
     return _extended(_read_file(path, shown), shown, (path.stem,)), path, shown
+
+# %% ../nbs/09_settings.ipynb #0c19c1a0
+def check_places(places: dict[str, str], path: Path, shown: str) -> None:
+    """Refuse a place that the study file `path` would write to, field -> folder, when it is not one for results; fields that begin with "models" name base models.
+
+    Raises `ParamsError`, one line that calls the file `shown`.
+    """
+    for field, place in places.items():
+        base = field.startswith("models")
+        within = [root / name for root in (project_root(), path.parent.absolute()) for name in ("runs", "figures", *(["models"] if base else []))]
+        written = Path(os.path.normpath(project_root() / place))
+        if not any(written.is_relative_to(folder) for folder in within) or (base and written in within):
+            where = "models/" if base else "runs/ or figures/"
+            raise ParamsError(f"{shown}: {field} = {place!r}: must lie in {where} of the project or beside the study file, which may be a symbolic link; correct it")

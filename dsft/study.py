@@ -6,25 +6,28 @@
 __all__ = ['Methods', 'Seeds', 'Sweep', 'Study', 'files_named_in', 'Run', 'Recipe', 'load_study', 'num_hidden_layers']
 
 # %% ../nbs/10_study.ipynb #bd1473ac
-import hashlib
 import json
 import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import yaml
 from fastcore.basics import patch
+from filelock import FileLock
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from .files import ParamsError, contents, digest, exclusive, located, project_root, replacing
+from dsft.files import (
+    PACKAGE, ParamsError, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by, project_root, replacing, versions,
+)  # fmt: skip
 from .languages import base_code, nearest
 from .methods import Method, Part, Stage, method_from_name
 from .metrics import INSTRUCTIONS
-from .settings import DataParams, EvalParams, FilePath, FolderName, Language, Layers, ModelParams, Rule, TrainParams, one_line, read_settings
+from .settings import DataParams, EvalParams, FilePath, FolderName, Language, Layers, ModelParams, Rule, TrainParams, check_places, one_line, read_settings
 
 # %% ../nbs/10_study.ipynb #2130af3c
 def _method(value: Any) -> Any:
@@ -235,9 +238,10 @@ _NOTEBOOKS = {  # notebook of nbs/experiments -> its parameters
 
 # %% ../nbs/10_study.ipynb #67492c22
 def files_named_in(options: Any, lang: str, languages: tuple[str, ...]) -> list[Path]:
-    """The files that the options of a recipe name, whatever they are called; what stands under one of `languages` that is not `nearest` to `lang` is left out."""
+    """The files, and the files of models, that the options of a recipe name, whatever they are called; what stands under one of `languages` that is not `nearest` to `lang` is left out."""
     if isinstance(options, str):
-        return [located(options)] if options and located(options).is_file() else []
+        path = located(options.replace("{lang}", lang))
+        return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if (path / "config.json").is_file() else []
     if isinstance(options, dict):
         own = nearest(lang, [k for k in options if k in languages])
         options = [v for k, v in options.items() if k == own or k not in languages]
@@ -344,15 +348,18 @@ def inputs(self: Run) -> dict[str, Any]:
     parts = self.study.model_dump(mode="json", include={"layers", "data", "train"})
     method = self.method.model_dump(mode="json", include={"start", "stages", "items"})
     base = self.study.models[self.model].model_dump(mode="json")
-    return self.key | {"lang": self.training_lang, "training": method, "base": base} | parts | {"recipes": self._recipe_options, "files": self.data_files}
+    files = self.data_files | contents([project_root() / launch] if (launch := self.study.train.launch) else [])
+    return self.key | {"lang": self.training_lang, "training": method, "base": base} | parts | {"recipes": self._recipe_options, "files": files}
 
 
 @patch(as_prop=True)
 def checkpoints(self: Run) -> Path:
-    """Where the training keeps what it needs to go on after an interruption: another folder as soon as an input changes."""
+    """Where the training keeps what it needs to go on after an interruption: another folder as soon as an input, the code or a library changes."""
     layers = self.layers_file.read_text(encoding="utf-8") if self.method.supervisions else ""
-    known = json.dumps(self.inputs, sort_keys=True) + layers + digest(self.start_model)
-    return self.training_folder / f"checkpoints-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
+    code = project_root() / PACKAGE / "training.py"
+    made_from = [json.dumps(self.inputs, sort_keys=True), layers, digest(self.recipe_rows), digest(self.start_model)]
+    key = json_digest([*made_from, made_by(code) if code.is_file() else version(PACKAGE), versions()])
+    return self.training_folder / f"checkpoints-{key[:8]}"
 
 # %% ../nbs/10_study.ipynb #74fec72e
 @patch
@@ -407,6 +414,37 @@ def require_inputs(self: Run) -> None:
         self.require("select_layers", self.layers_file)
     if self.method.recipes:
         self.require("recipe_rows", self.recipe_rows)
+    self.check_inputs()
+
+# %% ../nbs/10_study.ipynb #ae5cf109
+@patch
+def alone(self: Run, notebook: str) -> FileLock:
+    """The lock on what a notebook of nbs/experiments makes for this run, taken (`dsft.files.hold`)."""
+    folders = {"select_layers": self.layers_file.parent, "evaluate": self.folder}
+    return hold(folders.get(notebook, self.training_folder) / notebook)
+
+
+@patch
+def check_inputs(self: Run) -> None:
+    """Refuse layers or rows of recipes that were made from other data or another base model. Raises `ParamsError`, one line."""
+    base = {"base_sha256": sha} if (sha := digest(self.base)) else {}
+    for needed, result, record, files in (
+        (self.method.supervisions, self.layers_file, "layers_provenance.json", contents(self.study.data_files(self.lang))),
+        (self.method.recipes, self.recipe_rows, "recipe_rows_report.json", self.data_files),
+    ):
+        if needed and (report := result.with_name(record)).is_file():
+            told = json.loads(report.read_text(encoding="utf-8"))
+            check_made_from(result, told.get("provenance", told), files=files, **base)
+
+
+@patch
+def check_trained(self: Run) -> None:
+    """Refuse a model that is not as it was saved, or that was trained from other inputs or another start. Raises `ParamsError`, one line."""
+    check_intact(self.trained)
+    if self.method.stages and (record := Path(self.trained) / "provenance.json").is_file():
+        told = json.loads(record.read_text(encoding="utf-8"))
+        check_made_from(self.trained, told.get("inputs", {}), **json.loads(json.dumps(self.inputs)))
+        check_made_from(self.trained, told, **({"base_sha256": sha} if (sha := digest(self.start_model)) else {}))
 
 # %% ../nbs/10_study.ipynb #9cc6be95
 class Recipe(NamedTuple):
@@ -421,7 +459,7 @@ def load_study(study: str | Path) -> Study:
     """Read and check a study: the name of a file in params/ or the path of a YAML file.
 
     Raises `ParamsError`, one line, for a missing or unreadable file, an unknown field, a wrong type, an unknown method or language,
-    layers out of order or beyond the model. Whether the data are there is seen when they are read, or before a study by `dsft_check`.
+    layers out of order or beyond the model, and for a name or path that would write outside of the folders for results. Whether the data are there is seen when they are read, or before a study by `dsft_check`.
     """
     content, path, shown = read_settings(study)
     try:
@@ -433,6 +471,8 @@ def load_study(study: str | Path) -> Study:
     if loaded.train.launch and not (project_root() / loaded.train.launch).is_file():
         raise ParamsError(f"{shown}: train.launch = {loaded.train.launch!r}: no such file; give an accelerate config file")
     _check_layers(loaded, shown)
+    made = {f"models.{name}.path": model.path for name, model in loaded.models.items() if model.pretrain and model.path}
+    check_places({"runs": loaded.runs, "figures": loaded.figures, **made}, path, shown)
     loaded._file = path.stem if path == project_root() / "params" / path.name else str(path.absolute())
     return loaded
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'COLUMNS', 'load_recipe', 'recipe_options', 'check_recipes', 'training_rows', 'row_length', 'training_data',
-           'last_complete_checkpoint', 'training_arguments', 'train_stage', 'fine_tune', 'save_training', 'train']
+           'Checkpoints', 'last_complete_checkpoint', 'training_arguments', 'train_stage', 'fine_tune', 'save_training',
+           'train']
 
 # %% ../nbs/20_training.ipynb #1f9f1f05
 import json
@@ -14,19 +15,23 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from fastcore.script import call_parse
 from pydantic import ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from .backbone import max_positions
 from .data import parallel_pairs, pattern_rows, rows_digest, tokenize
-from .files import ParamsError, digest, from_hub, load_model, provenance, read_rows, replacing, write_json, write_jsonl
+from dsft.files import (
+    ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance, read_rows, replacing, seal, write_json, write_jsonl, writing,
+)  # fmt: skip
 from .methods import Lora, Part, Stage
 from .prompts import TEMPLATES
 from .settings import one_line
@@ -111,20 +116,45 @@ def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, nu
         raise ParamsError(f"{what}, more than data.max_dropped = {limit:g}; raise one of the two")
     return rows, examples
 
+# %% ../nbs/20_training.ipynb #7a24d864
+def _checkpoints(directory: str | Path) -> list[Path]:
+    """The folders `checkpoint-<step>` in a directory, the newest first."""
+    steps = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in Path(directory).glob("checkpoint-*")}
+    return sorted((folder for folder, step in steps.items() if step), key=lambda folder: -int(steps[folder][1]))
+
+
+class Checkpoints(TrainerCallback):
+    """Seals each checkpoint, then deletes the older ones; adds the seconds of training to the log, `train_seconds`, those before an interruption included."""
+
+    def _note_seconds(self, state):
+        state.log_history.append({"train_seconds": round(self.before + time.time() - self.started, 4), "step": state.global_step})
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = next((entry["train_seconds"] for entry in reversed(state.log_history) if "train_seconds" in entry), 0.0)
+        self.started = time.time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self._note_seconds(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._note_seconds(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            seal(newest)
+            for older in set(_checkpoints(args.output_dir)) - {newest}:
+                shutil.rmtree(older)
+
 # %% ../nbs/20_training.ipynb #ba9413e4
 def last_complete_checkpoint(directory: str | Path) -> str | None:
-    """The newest `checkpoint-<step>` in `directory` that was written to its end, or None.
-
-    The Trainer writes `trainer_state.json` last: a folder where it is missing or cut off comes from a killed run and is skipped.
-    """
-    step = lambda folder: int(re.fullmatch(r"checkpoint-(\d+)", folder.name)[1])
-    folders = [f for f in Path(directory).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name)]
-    for folder in sorted(folders, key=step, reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(folder)
+    """The newest `checkpoint-<step>` in `directory` that is as it was when `Checkpoints` sealed it, or None; which were passed over is told on stderr."""
+    for folder in _checkpoints(directory):
+        if not (problem := damage(folder)):
+            return str(folder)
+        print(f"{folder}: {problem}: training goes on from the checkpoint before it, or begins again", file=sys.stderr)
     return None
 
 # %% ../nbs/20_training.ipynb #b4956e3e
@@ -153,7 +183,6 @@ def training_arguments(run: Run, stage: Stage, number: int = 1) -> TrainingArgum
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         logging_steps=recipe.logging_steps,
         save_steps=recipe.save_steps,
-        save_total_limit=1,
         seed=run.seed,
         use_cpu=not torch.cuda.is_available(),
         run_name=f"{run.training_lang} {run.method.name} seed{run.seed}",
@@ -169,11 +198,20 @@ def _with_adapters(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **low_rank))
 
 
+def _note_origin(run: Run, rows: Dataset, folders: Sequence[str], number: int) -> None:
+    """Write down what a stage is trained on, beside its checkpoints. Raises `ParamsError` when an input has been edited since `folders` were named after them."""
+    if not all(Path(folder).is_relative_to(run.checkpoints) for folder in folders):
+        raise ParamsError(f"{run.training_folder}: an input was edited while this training went on; start it again")
+    origin = {"inputs": run.inputs, "base_sha256": digest(run.start_model), "data_sha256": rows_digest(rows)}
+    write_json(run.checkpoints / f"stage{number}-origin.json", origin)
+
+
 def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrainer:
     """Train one stage from the model `start`, a folder or a name on the hub, from its last complete checkpoint if there is one."""
     recipe = run.study.train
     arguments = training_arguments(run, stage, number)  # joins the other processes: only then does FSDP let the first one alone read the weights
     set_seed(run.seed)
+    check_intact(start)
     field = f"models.{run.model}.path"
     with from_hub(start, "model", field):
         tokenizer = AutoTokenizer.from_pretrained(start)
@@ -183,44 +221,49 @@ def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrai
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with arguments.main_process_first(desc="data"):  # what it tokenised the others find in the cache
-        _, examples = training_data(run, stage, tokenizer, number)
+        rows, examples = training_data(run, stage, tokenizer, number)
+    _note_origin(run, rows, [arguments.output_dir, *([start] if number > 1 else [])], number)
     data = {"train_dataset": examples, "processing_class": tokenizer, "max_length": row_length(run)}
-    trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, **data)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
+    trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **data)
+    with writing(arguments.output_dir):
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     return trainer
 
 # %% ../nbs/20_training.ipynb #151e79e3
 def _log(trainer: DSFTTrainer) -> list[dict[str, Any]]:
-    """The entries of the log that tell of losses."""
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    """The entries of the log that tell of losses, sorted by key, as they are in a checkpoint."""
+    return [dict(sorted(entry.items())) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def _train_seconds(trainer: DSFTTrainer) -> float:
-    """Seconds of training, since the last resumption."""
-    return next(entry["train_runtime"] for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
+    """Seconds of training, see `Checkpoints`."""
+    return next(entry["train_seconds"] for entry in reversed(trainer.state.log_history) if "train_seconds" in entry)
 
 
-def _leave_stage(run: Run, trainer: DSFTTrainer, number: int) -> str:
-    """Write down the model of a stage that others follow, with its log; returns its folder. Every process takes part, the first one writes."""
-    done = run.checkpoints / f"stage{number}-model"
+def _leave_stage(done: Path, trainer: DSFTTrainer) -> None:
+    """Write down the model of a stage that others follow, with its log, as the folder `done`. Every process takes part, the first one writes."""
     if trainer.is_world_process_zero():
         with replacing(done) as temporary:
             trainer.export(temporary)
             told = {"log": _log(trainer), "steps": trainer.state.global_step, "train_seconds": _train_seconds(trainer)}
             write_json(temporary / "stage.json", told)
+            seal(temporary)
     else:
         trainer.export(done)
     trainer.accelerator.wait_for_everyone()
-    return str(done)
 
 # %% ../nbs/20_training.ipynb #229fef3d
 def fine_tune(run: Run) -> DSFTTrainer:
     """Train the stages of a run, each from its last complete checkpoint if there is one; returns the last one's trainer, its model not saved yet."""
-    start = run.start_model
+    start, checkpoints = run.start_model, run.checkpoints
     *before, last = enumerate(run.stages, 1)
     for number, stage in before:
-        done = run.checkpoints / f"stage{number}-model"
-        start = str(done) if done.exists() else _leave_stage(run, train_stage(run, stage, start, number), number)
+        done = checkpoints / f"stage{number}-model"
+        if done.exists():
+            training_data(run, stage, AutoTokenizer.from_pretrained(done), number)  # for its part of the report
+        else:
+            _leave_stage(done, train_stage(run, stage, start, number))
+        start = str(done)
     number, stage = last
     return train_stage(run, stage, start, number)
 
@@ -232,21 +275,25 @@ def save_training(run: Run, trainer: DSFTTrainer, started: float, command: str) 
     """
     if not trainer.is_world_process_zero():
         return trainer.export(run.trained)
-    before = [json.loads((run.checkpoints / f"stage{n}-model" / "stage.json").read_text()) for n in range(1, len(run.stages))]
+    last = len(run.stages)
+    checkpoints = Path(trainer.args.output_dir).parent if last > 1 else Path(trainer.args.output_dir)  # named after the inputs as they were then
+    read = lambda name: json.loads((checkpoints / name).read_text(encoding="utf-8"))
+    before, origins = ([read(name.format(n)) for n in range(1, until)] for name, until in (("stage{}-model/stage.json", last), ("stage{}-origin.json", last + 1)))
     with replacing(run.trained) as folder:
         trainer.export(folder)
-        data = [rows_digest(training_rows(run, stage)[0]) for stage in run.stages]
+        origin = origins[0] | {"data_sha256": " ".join(origin["data_sha256"] for origin in origins)}
         steps = {
             "steps": trainer.state.global_step + sum(stage["steps"] for stage in before),
-            "train_seconds": _train_seconds(trainer) + sum(stage["train_seconds"] for stage in before),
+            "train_seconds": round(_train_seconds(trainer) + sum(stage["train_seconds"] for stage in before), 4),
         }
-        origin = provenance(command, started, data_sha256=" ".join(data), base_sha256=digest(run.start_model)) | steps
-        (folder / "provenance.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+        (folder / "provenance.json").write_text(json.dumps(provenance(command, started, **origin) | steps, indent=1) + "\n", encoding="utf-8")
+        seal(folder)
     logs = [*(stage["log"] for stage in before), _log(trainer)]
     several = len(logs) > 1
     write_jsonl(run.training_folder / "train_log.jsonl", [entry | ({"stage": n} if several else {}) for n, log in enumerate(logs, 1) for entry in log])
-    for checkpoints in run.training_folder.glob("checkpoints-*"):
-        shutil.rmtree(checkpoints)
+    for old in run.training_folder.glob("checkpoints-*"):
+        shutil.rmtree(old)
+    clear_temporary(run.trained)
 
 # %% ../nbs/20_training.ipynb #acdc571f
 def _requested(study: str, model: str | None, lang: str | None, method: str, seed: int) -> Run:
@@ -255,6 +302,7 @@ def _requested(study: str, model: str | None, lang: str | None, method: str, see
     run = loaded.run(model or next(iter(loaded.models)), lang or loaded.languages[0], method, seed)
     if run.method.supervisions and not run.layers_file.exists():
         raise ParamsError(f"{run.layers_file} is missing; make it with: {run.command('select_layers')}")
+    run.check_inputs()
     return run
 
 
@@ -270,7 +318,10 @@ def train(
     started = time.time()
     try:
         run = _requested(study, model, lang, method, seed)
+        alone = run.alone("train") if os.environ.get("RANK", "0") == "0" else None
         trainer = fine_tune(run)
+        save_training(run, trainer, started, " ".join(["python", "-m", "dsft.training", *sys.argv[1:]]))
     except ParamsError as error:
         raise SystemExit(f"dsft: {error}") from None
-    save_training(run, trainer, started, " ".join(["python", "-m", "dsft.training", *sys.argv[1:]]))
+    if alone:
+        alone.release()

@@ -1,0 +1,243 @@
+"""`make faults`: a study that is killed again and again leaves what an undisturbed one leaves.
+
+The study runs once undisturbed. Then it is started and killed (SIGKILL) at a random moment of a job of some phase, started again and killed in the next, until all points are used up,
+and once more to its end. Nothing is unlocked or cleaned up in between. At last all weights, metrics and tables are compared, to the bit. Half of the kills hit every process at once, the
+server of kernels and its notebooks included, as a machine that goes down does; the other half hits the process group of `make` alone, and the study is started again while the rest is still ending.
+
+    python tests/faults.py [--study smoke] [--seed 0] [--points 24] [--folder runs/faults]
+
+writes report.json and report.md into the folder; exit code 1 when a file differs.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import psutil
+import yaml
+from fastcore.script import call_parse
+
+from dsft.files import SUMS, write_json
+from dsft.settings import read_settings
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # as if no `make` ran around it
+# Phase -> the notebook that is at work in it, and its share of the points, in the order of a study.
+PHASES = {"pretraining": ("pretrain", 5), "layers": ("select_layers", 1), "training": ("train", 6), "checkpoint": ("train", 4), "evaluation": ("evaluate", 5), "analysis": ("analysis", 3)}
+KINDS = {  # what is compared
+    "weights": ("runs/**/*.safetensors",),
+    "metrics": ("runs/**/metrics.json",),
+    "samples, logs and reports": ("runs/**/*.jsonl", "runs/**/inside.json", "runs/**/layers.json", "runs/**/data_report.json", "runs/**/params.yaml"),
+    "tables": ("figures/**/*.csv", "figures/**/*.md", "figures/**/*.parquet"),
+    "figures": ("figures/**/*.svg", "figures/**/*.png"),
+}
+MEASURED = ("cost", "costs")  # the stems of tables and figures that hold measured seconds
+
+
+class Point(NamedTuple):
+    """One kill: in a job of `phase`, after this share of the time that such a job takes."""
+
+    phase: str
+    share: float
+    everything: bool  # every process at once, or the process group of what was started
+
+
+def draw(seed: int, number: int) -> list[Point]:
+    """So many random points, spread over the phases, in the order of a study."""
+    rng, total = random.Random(seed), sum(share for _, share in PHASES.values())
+    counts = {phase: max(1, round(share * number / total)) for phase, (_, share) in PHASES.items()}
+    return [Point(phase, rng.random(), rng.random() < 0.5) for phase, count in counts.items() for _ in range(count)]
+
+
+def write_copy(study: str, folder: Path, **changes: Any) -> Path:
+    """The study as a file of its own in `folder`, where its runs and figures go as well; of the same name, so that its results are the same."""
+    content, path, _ = read_settings(study)
+    content |= {"runs": str(folder / "runs"), "figures": str(folder / "figures")} | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / path.name).write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    return folder / path.name
+
+
+class Job(NamedTuple):
+    """A notebook that is executed."""
+
+    notebook: str
+    log: str
+
+
+def jobs(process: psutil.Process) -> set[Job]:
+    """The notebooks that are executed below a process."""
+    commands = []
+    with suppress(psutil.NoSuchProcess):
+        for child in process.children(recursive=True):
+            with suppress(psutil.Error):
+                commands.append(child.cmdline())
+    clients = [command[command.index("dsft.kernels") + 1 :] for command in commands if "dsft.kernels" in command and "--serve" not in command]
+    return {Job("analysis" if "analysis" in Path(notebook).parts else Path(notebook).stem, log) for notebook, log, *_ in clients}
+
+
+def unsealed(folder: Path) -> list[Path]:
+    """The checkpoints that are being written."""
+    return [path for path in folder.glob("runs/*/*/*/*/*/checkpoints-*/checkpoint-*") if not (path / SUMS).exists()]
+
+
+class Started:
+    """A study that was started, in a session of its own."""
+
+    def __init__(self, command: Sequence[str], log: Path):
+        with log.open("ab") as out:
+            self.popen = subprocess.Popen(command, cwd=ROOT, env=OUTSIDE, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process, self.seen = psutil.Process(self.popen.pid), {}  # job -> when it was first and last seen
+
+    def watch(self, pause: float = 0.05) -> Iterator[set[Job]]:
+        """The jobs that run, now and again, until the study has ended."""
+        while self.popen.poll() is None:
+            now, running = time.monotonic(), jobs(self.process)
+            for job in running:
+                self.seen[job] = (self.seen.get(job, (now,))[0], now)
+            yield running
+            time.sleep(pause)
+
+    def seconds(self) -> dict[str, float]:
+        """Notebook -> how long its jobs took, the middle one."""
+        took = {}
+        for job, (first, last) in self.seen.items():
+            took.setdefault(job.notebook, []).append(last - first)
+        return {notebook: median(times) for notebook, times in took.items()}
+
+    def kill(self, everything: bool) -> None:
+        """Kill every process at once, or the process group alone."""
+        stopped = []
+        while everything and (new := [process for process in (self.process, *self.process.children(recursive=True)) if process not in stopped]):
+            for process in new:  # none of them may see that another one has gone
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            stopped += new
+        os.killpg(self.popen.pid, signal.SIGKILL)
+        for process in stopped:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.popen.wait()
+
+
+def wait_for(started: Started, point: Point, took: dict[str, float], folder: Path) -> dict[str, Any] | None:
+    """Wait until the moment of a point has come; what runs then. None: the study has ended before."""
+    notebook = PHASES[point.phase][0]
+    for running in started.watch():
+        since = [time.monotonic() - started.seen[job][0] for job in running if job.notebook == notebook]
+        if since and max(since) >= point.share * took.get(notebook, 1.0):
+            if point.phase != "checkpoint":
+                return {"after": round(max(since), 2), "jobs": sorted(job.log for job in running)}
+            end = time.monotonic() + took.get(notebook, 1.0)
+            while not (written := unsealed(folder)) and time.monotonic() < end:
+                time.sleep(0.0005)
+            time.sleep(0.01 * point.share)
+            if written:
+                return {"after": round(max(since), 2), "jobs": sorted(job.log for job in running), "writing": [str(path.relative_to(folder)) for path in written]}
+    return None
+
+
+def disturb(command: Sequence[str], folder: Path, planned: Sequence[Point], took: dict[str, float]) -> list[dict[str, Any]]:
+    """Start a study, kill it at each of the points and start it again, at last to its end; returns the kills. Raises RuntimeError when it fails."""
+    kills, left = [], list(planned)
+    while True:
+        started = Started(command, folder / "study.log")
+        there = wait_for(started, left[0], took, folder) if left else started.popen.wait() and None
+        if there is None and not left:
+            break
+        if there is not None:
+            point = left.pop(0)
+            started.kill(point.everything)
+            kills.append({"phase": point.phase, "everything": point.everything} | there)
+            print(f"{len(kills)}: killed in {point.phase}, {there['after']} s after its start: {' '.join(os.path.relpath(log, folder) for log in there['jobs'])}", flush=True)
+        elif started.popen.returncode:
+            break
+        else:
+            left.pop(0)  # no such job is left
+    if started.popen.returncode:
+        raise RuntimeError(f"the study failed after {len(kills)} kills:\n{(folder / 'study.log').read_text(errors='replace')[-3000:]}")
+    return kills
+
+
+def compare(one: Path, other: Path) -> dict[str, dict[str, Any]]:
+    """Kind of file -> how many there are and which are not the same in both folders, to the bit."""
+    compared = {}
+    for kind, patterns in KINDS.items():
+        names = {path.relative_to(folder) for folder in (one, other) for pattern in patterns for path in folder.glob(pattern) if path.stem not in MEASURED}
+        same = lambda name: (one / name).exists() and (other / name).exists() and (one / name).read_bytes() == (other / name).read_bytes()
+        compared[kind] = {"files": len(names), "different": sorted(str(name) for name in names if not same(name))}
+    return compared
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What no undisturbed run leaves: temporary files and checkpoints."""
+    patterns = ("**/.*.tmp", "**/.*.old", "**/checkpoints-*", "**/pretrain-checkpoints-*")
+    return sorted(str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern))
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    kills, compared = report["kills"], report["compared"]
+    lines = [f"# Study {report['study']}, killed {len(kills)} times", ""]
+    lines += [f"Undisturbed it took {report['undisturbed_seconds']:.0f} s, killed and started again {report['disturbed_seconds']:.0f} s. Manual unlocks: none.", ""]
+    lines += ["| phase | kills | of every process at once |", "|---|---|---|"]
+    for phase in PHASES:
+        hit = [kill for kill in kills if kill["phase"] == phase]
+        lines.append(f"| {phase} | {len(hit)} | {sum(kill['everything'] for kill in hit)} |")
+    lines += ["", "| what | files | different |", "|---|---|---|"]
+    lines += [f"| {kind} | {found['files']} | {len(found['different'])} |" for kind, found in compared.items()]
+    lines += ["", f"Not compared: what holds measured seconds ({', '.join(MEASURED)}). Left behind: {' '.join(report['left_behind']) or 'nothing'}.", ""]
+    lines += ["| | phase | seconds into the job | jobs that ran | written |", "|---|---|---|---|---|"]
+    lines += [f"| {n} | {k['phase']} | {k['after']} | {' '.join(k['jobs'])} | {' '.join(k.get('writing', ()))} |" for n, k in enumerate(kills, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def study_faults(study: str, folder: Path, planned: Sequence[Point], command: Callable[[Path], Sequence[str]], **changes: Any) -> dict[str, Any]:
+    """Run a study undisturbed and disturbed, in two folders of `folder`; `command` starts one, given its file. Returns the report."""
+    begun = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    files = {name: write_copy(study, folder / name, **changes) for name in ("undisturbed", "disturbed")}
+    quiet = Started(command(files["undisturbed"]), folder / "undisturbed" / "study.log")
+    for _ in quiet.watch():
+        pass
+    if quiet.popen.returncode:
+        raise RuntimeError(f"the undisturbed study failed:\n{(folder / 'undisturbed' / 'study.log').read_text(errors='replace')[-3000:]}")
+    middle, took = time.monotonic(), quiet.seconds()
+    print(f"undisturbed: {middle - begun:.0f} s; of each job: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in took.items())}", flush=True)
+    kills = disturb(command(files["disturbed"]), folder / "disturbed", planned, took)
+    relative = [kill | {"jobs": [os.path.relpath(log, folder / "disturbed") for log in kill["jobs"]]} for kill in kills]
+    return {
+        "study": files["disturbed"].stem,
+        "undisturbed_seconds": middle - begun,
+        "disturbed_seconds": time.monotonic() - middle,
+        "kills": relative,
+        "compared": compare(folder / "undisturbed", folder / "disturbed"),
+        "left_behind": left_behind(folder / "disturbed"),
+    }
+
+
+@call_parse
+def main(
+    study: str = "smoke",  # the name of a study in params/, or the path of a YAML file
+    seed: int = 0,  # draws the points
+    points: int = 24,  # how many
+    folder: str = "runs/faults",  # for both runs and the report
+    cores: int = 2,  # for the study
+):
+    "Kill a study at random points and compare what it leaves with what an undisturbed one leaves; exit code 1 when a file differs"
+    folder = ROOT / folder
+    report = {"seed": seed} | study_faults(study, folder, draw(seed, points), lambda file: ["make", "study", f"STUDY={file}", f"CORES={cores}"])
+    write_json(folder / "report.json", report)
+    (folder / "report.md").write_text(as_markdown(report), encoding="utf-8")
+    print((folder / "report.md").read_text(encoding="utf-8"))
+    sys.exit(any(found["different"] or not found["files"] for found in report["compared"].values()))
