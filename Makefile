@@ -46,7 +46,7 @@ rehearse: .venv/installed
 test: .venv/installed
 	bash tests/in_step.sh
 	nbdev_test --n_workers $(CORES) --do_print
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses $(CORES) --dist loadfile
 
 # What once went wrong, a case a file; exit code 1 of a case means that it does again.
 cases: .venv/installed
