@@ -114,7 +114,8 @@ def parallel_questions(study: Study, lang: str, limit: int) -> tuple[str, list[d
     The rows have `prompt` and `answers`. Empty where no benchmark of the study was asked in both languages.
     """
     for name in (q for q in QUESTIONS if q in study.evaluation.benchmarks):
-        tgt, en = (_answered(study.folder("benchmarks", language, f"{name}_{language}.jsonl")) for language in (lang, "en"))
+        files = [sorted(study.asked_folder(language).glob(f"*/{name}_{language}.jsonl")) for language in (lang, "en")]
+        tgt, en = (_answered(there[0]) if there else {} for there in files)  # the rows are the same for every tokenizer
         if both := [key for key in tgt if key in en]:
             return name, [{"tgt": tgt[key], "en": en[key]} for key in both[:limit]]
     return "", []

@@ -134,6 +134,13 @@ def figures_folder(self: Study) -> Path:
 
 
 @patch
+def asked_folder(self: Study, lang: str) -> Path:
+    """What evaluations ask in a language, runs/<study>/benchmarks/<lang>/<key>/: another place for other items or another template, since two evaluations may go on at once."""
+    asked = [part.model_dump(mode="json") for part in (self.evaluation, self.data)]
+    return self.folder("benchmarks", lang, json_digest(asked)[:8])
+
+
+@patch
 def data_files(self: Study, lang: str) -> list[Path]:
     """The files of the parallel data in a language and in English."""
     return [located(table.path) for name, table in self.data.files.items() if table.path and name in ("en", lang)]

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .benchmark_items import BENCHMARK_SEED, SOURCES, Item, asked_text, directions, load_benchmark, load_shots
 from .cached_lm import SharedContextLM
 from .data import begins_with_space, example_fields, held_out_pairs, prompt_ids, say
-from .files import ParamsError, json_digest, read_rows, replacing, write_jsonl
+from .files import ParamsError, read_rows, replacing, write_jsonl
 from .methods import PATTERNS
 from .metrics import BENCHMARKS, BITS, EVERY_BENCHMARK, INSTRUCTIONS, METRICS, TRANSLATION, Benchmark, NotAvailable, bits_per_byte, chrf, comet, f1, f1_script, spbleu
 from .microcosm import World
@@ -286,8 +286,7 @@ def _write(task: Task, splits: Splits, study: Study, delimiter: str) -> Task:
 
 def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
     """Write the study's benchmarks in one language as lm-eval tasks. `delimiter` as in `task_config`; errors and what is left out as in `task_rows`."""
-    asked = json_digest([study.evaluation.model_dump(mode="json"), study.data.model_dump(mode="json"), delimiter])
-    folder = study.folder("benchmarks", lang, asked[:8])  # evaluations that ask in another way may go on at the same time
+    folder = study.asked_folder(lang) / ("spaced" if delimiter else "joined")  # two models of a study may be asked at the same time
     return [_write(Task(name, direction, prompt, folder, tuple(splits)), splits, study, delimiter) for name, direction, prompt, splits in task_rows(study, lang)]
 
 # %% ../nbs/23_tasks.ipynb #bab09e73
