@@ -118,24 +118,21 @@ MKQA_TYPES = ("entity", "date", "number", "number_with_unit", "short_phrase", "b
 YES_NO = {"zh": {"yes": "是", "no": "不是"}, "vi": {"yes": "có", "no": "không"}, "ar": {"yes": "نعم", "no": "لا"}}
 
 # %% ../nbs/21_benchmark_items.ipynb #8f7fabe5
-def _mkqa_part(row: RawRow, name: str, lang: str) -> Any:
-    """The query or the answers of a row of MKQA in a language, under whatever code it stands there: zh_cn, zh_hk or zh_tw."""
-    if not isinstance(row.get(name), dict) or (code := nearest(lang, row[name])) is None:
-        raise BrokenRow(f"{name} has no {lang!r}")
-    return row[name][code]
-
-
 def _mkqa_answers(row: RawRow, lang: str) -> list[dict[str, Any]]:
     """What a row of MKQA gives as answers in one of its languages: objects with type, text, aliases."""
-    given = _mkqa_part(row, "answers", lang)
+    for name in ("queries", "answers"):
+        if not isinstance(row.get(name), dict) or lang not in row[name]:
+            raise BrokenRow(f"{name} has no {lang!r}")
+    given = row["answers"][lang]
     if not isinstance(given, list) or not given or not all(isinstance(answer, dict) for answer in given):
         raise BrokenRow(f"answers.{lang} = {reprlib.repr(given)}: must be a list of objects with type, text, aliases")
     return given
 
 # %% ../nbs/21_benchmark_items.ipynb #9f917db2
 def mkqa_item(row: RawRow, lang: str) -> Item:
-    """MKQA: queries and answers by language; an answer is {"type", "text", "aliases"}."""
-    query, given = _mkqa_part(row, "queries", lang), _mkqa_answers(row, lang)
+    """MKQA: queries and answers by language (Chinese is zh_cn, zh_hk or zh_tw); an answer is {"type", "text", "aliases"}."""
+    lang = nearest(lang, row["queries"] if isinstance(row.get("queries"), dict) else ()) or lang
+    given = _mkqa_answers(row, lang)
     kinds, answers = [MKQA_TYPES[_one_of(answer, "type", MKQA_TYPES)] for answer in given], []
     for kind, answer in zip(kinds, given):
         texts = [answer.get("text"), *(answer.get("aliases") or ())]
@@ -143,7 +140,7 @@ def mkqa_item(row: RawRow, lang: str) -> Item:
     if "binary" in kinds:
         words = YES_NO.get(nearest(lang, YES_NO, any_script=True), {})
         answers = [words[answer] for answer in answers if answer in words] + answers
-    return {"question": _text({lang: query}, lang), "answers": list(dict.fromkeys(answers)), "type": kinds[0]}
+    return {"question": _text(row["queries"], lang), "answers": list(dict.fromkeys(answers)), "type": kinds[0]}
 
 # %% ../nbs/21_benchmark_items.ipynb #eb280868
 def truthfulqa_item(row: RawRow, lang: str) -> Item:

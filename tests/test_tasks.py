@@ -254,8 +254,8 @@ BROKEN = [
     ("empty context", "mlqa", lambda s: text(squad(QAS, context="")), "row 0: context = '': must be text"),
     ("duplicate ids", "mlqa", lambda s: text(squad([QAS[0], QAS[0]])), "row 1: id = 'q0' stands twice"),
     ("100k characters", "xquad", lambda s: text(squad(QAS, context="猫" * 100_000)), "context has 100,000 characters"),
-    ("MKQA without queries", "mkqa", lambda s: lines(change(MKQA, 1, queries=None)), "row 1: queries has no 'zh_cn'"),
-    ("MKQA in other languages", "mkqa", lambda s: s.replace("zh_cn", "ko"), "row 0: queries has no 'zh_cn'"),
+    ("MKQA without queries", "mkqa", lambda s: lines(change(MKQA, 1, queries=None)), "row 1: queries has no 'zh'"),
+    ("MKQA in other languages", "mkqa", lambda s: s.replace("zh_cn", "ko"), "row 0: queries has no 'zh'"),
     ("MKQA's unknown type", "mkqa", lambda s: s.replace("binary", "yesno"), "row 2: type = 'yesno': must be one of entity"),
     ("MKQA without text", "mkqa", lambda s: s.replace('"yes"', "null"), "row 2: answers.zh_cn = None: must be text"),
     ("null choices", "truthfulqa", lambda s: text(change(TRUTHFUL, 0, mc1_targets_choices=None)), "mc1_targets_choices = None: must be a list"),
@@ -299,7 +299,7 @@ def test_a_broken_file_is_one_line(data_dir, name, broken, said):
         ("zh", {"splits": {"mlqa": "train"}}, "evaluation.splits.mlqa = 'train': no such split; choose from test, dev"),
         ("zh", {"splits": {"mlqa": "test"}}, "needs the file mlqa/test-context-zh-question-zh.json or "),
         ("vi", {}, "MLQA in 'vi' needs the file mlqa/dev-context-vi-question-vi.json or "),
-        ("ja", {}, "dsft/benchmarks/prompts.yaml: mlqa has no wording in 'ja', only in en, zh, vi, ar; add it there"),
+        ("ja", {}, "dsft/benchmarks/prompts.yaml: mlqa has no wording in 'ja', only in en, zh, vi, ar, zh-Hant; add it there"),
         ("zh", {"data_dir": "nowhere"}, "evaluation.data_dir = 'nowhere': no such folder"),
     ],
 )
@@ -343,7 +343,7 @@ def test_dsft_check_reads_the_benchmarks_before_anything_runs(data_dir, tmp_path
 def test_every_benchmark_has_a_wording_in_every_language():
     assert set(WORDING) == set(BENCHMARKS) == set(SOURCES)
     for name, languages in WORDING.items():
-        assert set(languages) == {"en", "zh", "vi", "ar"} - ({"en"} if name == "flores" else set())
+        assert set(languages) == {"en", "zh", "vi", "ar", "zh-Hant"} - ({"en"} if name == "flores" else set())
         assert all(set(entry) <= {"instruction", "input", "choices"} for entry in languages.values())
 
 
