@@ -111,11 +111,10 @@ def find_backbone(model: nn.Module) -> Backbone:
     lm_model = root.get_base_model() if hasattr(root, "get_base_model") else root
     if getattr(getattr(root, "active_peft_config", None), "is_prompt_learning", False):
         raise _refusal(lm_model, "prompt-learning adapters put tokens of their own before the input; use LoRA")
-    _refuse_compiled(lm_model, model, root, lm_model)
+    _refuse_compiled(lm_model, model, root, lm_model, *lm_model.children())
     decoder, lm_head = _decoder_and_head(lm_model)
-    name, layers, norm = _layers_and_norm(lm_model, decoder)
-    _refuse_compiled(lm_model, decoder, norm, lm_head)
-    return Backbone(root, lm_model, decoder, name, layers, norm, lm_head, getattr(decoder.config, "final_logit_softcapping", None))
+    softcap = getattr(decoder.config, "final_logit_softcapping", None)
+    return Backbone(root, lm_model, decoder, *_layers_and_norm(lm_model, decoder), lm_head, softcap)
 
 # %% ../nbs/05_backbone.ipynb #86ed82e1
 @contextmanager

@@ -42,11 +42,14 @@ class Culprit(NamedTuple):
 def culprits(model: nn.Module, batch: dict[str, Tensor], terms: Sequence[Term], path: LossPath = "auto") -> list[Culprit]:
     """The losses that are not finite on a row of `batch` by itself or, where all are, those whose gradient is not; `model` as for `gradient_norms`."""
     rows = [{name: t[n : n + 1] for name, t in batch.items()} for n in range(len(batch["x_tgt"]))]
-    with torch.no_grad():
-        found, what = [loss_sums(model, row, terms, path).tolist() for row in rows], "{}"
-    if all(isfinite(value) for values in found for value in values):
-        found, what = [term_gradient_norms(model, row, terms, path) for row in rows], "the gradient of {}"
-    return [Culprit(what.format(term), n, value) for n, values in enumerate(found) for term, value in zip(terms, values) if not isfinite(value)]
+    loss = lambda row, term, path: loss_sums(model, row, [term], path).item()
+    gradient = lambda row, term, path: term_gradient_norms(model, row, [term], path)[0]
+    for what, look in (("{}", torch.no_grad()(loss)), ("the gradient of {}", gradient)):
+        for way in dict.fromkeys(("truncated", path)):
+            values = [(term, n, look(row, term, way)) for n, row in enumerate(rows) for term in terms]
+            if found := [Culprit(what.format(term), n, value) for term, n, value in values if not isfinite(value)]:
+                return found
+    return []
 
 # %% ../nbs/18_not_finite.ipynb #8cc31f2a
 def _searched(dataset: Any) -> Iterable[dict[str, Any]]:
@@ -103,11 +106,12 @@ def replay(folder: str | Path, model: nn.Module | None = None) -> list[dict[str,
     folder = Path(folder)
     told = json.loads((folder / "stopped.json").read_text(encoding="utf-8"))
     model = load_model(AutoModelForCausalLM, str(folder), dtype="auto", attn_implementation=told["attention"]) if model is None else model
-    supervisions, device, losses = [Supervision(**s) for s in told["supervisions"]], next(model.parameters()).device, []
+    trained = [p for p in model.parameters() if p.requires_grad] or list(model.requires_grad_().parameters())  # adapters are loaded frozen
+    supervisions, device, losses = [Supervision(**s) for s in told["supervisions"]], trained[0].device, []
     for batch in _kept_batches(folder):
         with _autocast(told["autocast"], device):
             out = dsft_loss(model.eval(), {name: t.to(device) for name, t in batch.items()}, supervisions, told["path"])
-        gradients = torch.autograd.grad(out["loss"], [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        gradients = torch.autograd.grad(out["loss"], trained, allow_unused=True)
         norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
         losses.append({name: value.item() for name, value in out.items()} | {"gradient": norm.item()})
     return losses

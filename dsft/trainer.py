@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from inspect import signature
 from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,6 +72,8 @@ def _refuse_fallback(accelerator: Accelerator, args: TrainingArguments) -> None:
         raise RuntimeError(
             f"FSDP was asked for, but accelerate runs {accelerator.distributed_type.value} (it needs several GPUs)"
         )
+    if accelerator.mixed_precision == "fp16" and not accelerator.native_amp:
+        raise RuntimeError(f"fp16 was asked for, but accelerate computes in float32 on {accelerator.device}: it needs a GPU; take bf16, or leave it out")
 
 # %% ../nbs/19_trainer.ipynb #f7edc0e2
 def _refuse_bypassed(args: TrainingArguments, supervisions: Sequence[Supervision], compute_loss_func: Callable | None) -> None:
@@ -228,8 +231,9 @@ class DSFTTrainer(Trainer):
         self.add_callback(LogTheRest)
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
-        """As ever; the model, which may differ from trial to trial, is served from then on."""
-        model = super().call_model_init(trial)
+        """As ever, but without a trial only for what must have one; the model, which may differ from trial to trial, is served from then on."""
+        optional = all(p.default is not p.empty for p in signature(self.model_init).parameters.values())
+        model = self.model_init() if trial is None and optional else super().call_model_init(trial)
         if hasattr(self, "terms"):  # not yet while the Trainer is made
             self._serve(model)
         return model
@@ -259,7 +263,7 @@ class DSFTTrainer(Trainer):
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums, counts = self.accelerator.reduce(self._evaluated, "sum")
         if not sums.isfinite().all():
-            self._stop(dataloader, dataloader.dataset, f"{metric_key_prefix}-step{self.state.global_step}", "its losses are not finite")
+            self._stop(dataloader, dataloader.dataset, f"{metric_key_prefix}-step{self.state.global_step}", "losses not finite")
         losses = combine(sums, counts, self.terms)
         output.metrics[f"{metric_key_prefix}_loss"] = float(losses["loss"])
         output.metrics.update({f"{metric_key_prefix}_loss_{name}": float(losses[name]) for name in LOSSES})
@@ -392,7 +396,7 @@ def _require_finite(self: DSFTTrainer, norm: Any) -> None:
     *losses, gradient = torch.cat([self._means.sums, norm.reshape(1).to(self._means.sums)]).tolist()
     if not all(map(isfinite, losses)) or not (isfinite(gradient) or self._scale_can_fall()):
         spoilt = [name for name, value in zip(LOSSES, losses) if not isfinite(value)]
-        what = f"the loss {', '.join(spoilt)} is not finite" if spoilt else f"the norm of the gradient is {gradient}"
+        what = f"{', '.join(spoilt)} not finite" if spoilt else f"the norm of the gradient is {gradient}"
         self._stop(self._step_batches, self.train_dataset, f"step{self.state.global_step + 1}", what)
 
 
