@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import psutil
@@ -76,14 +75,15 @@ class Job(NamedTuple):
 
 
 def jobs(process: psutil.Process) -> set[Job]:
-    """The notebooks that are executed below a process."""
-    commands = []
+    """The notebooks that are executed below a process: begun, not waiting for the server of kernels."""
+    found = set()
     with suppress(psutil.NoSuchProcess):
         for child in process.children(recursive=True):
-            with suppress(psutil.Error):
-                commands.append(child.cmdline())
-    clients = [command[command.index("dsft.kernels") + 1 :] for command in commands if "dsft.kernels" in command and "--serve" not in command]
-    return {Job("analysis" if "analysis" in Path(notebook).parts else Path(notebook).stem, log) for notebook, log, *_ in clients}
+            with suppress(psutil.Error, OSError, ValueError):
+                notebook, log, *_ = (command := child.cmdline())[command.index("dsft.kernels") + 1 :]
+                if notebook != "--serve" and (ROOT / log).stat().st_mtime > child.create_time():
+                    found.add(Job("analysis" if "analysis" in Path(notebook).parts else Path(notebook).stem, log))
+    return found
 
 
 def unsealed(folder: Path) -> list[Path]:
@@ -109,11 +109,11 @@ class Started:
             time.sleep(pause)
 
     def seconds(self) -> dict[str, float]:
-        """Notebook -> how long its jobs took, the middle one."""
+        """Notebook -> how long the shortest of its jobs took."""
         took = {}
         for job, (first, last) in self.seen.items():
-            took.setdefault(job.notebook, []).append(last - first)
-        return {notebook: median(times) for notebook, times in took.items()}
+            took[job.notebook] = min(last - first, took.get(job.notebook, last - first))
+        return took
 
     def kill(self, everything: bool) -> None:
         """Kill every process at once, or the process group alone."""
@@ -152,18 +152,13 @@ def disturb(command: Sequence[str], folder: Path, planned: Sequence[Point], took
     kills, left = [], list(planned)
     while True:
         started = Started(command, folder / "study.log")
-        there = wait_for(started, left[0], took, folder) if left else started.popen.wait() and None
-        if there is None and not left:
-            break
-        if there is not None:
-            point = left.pop(0)
+        point = left.pop(0) if left else None
+        if point and (there := wait_for(started, point, took, folder)):
             started.kill(point.everything)
             kills.append({"phase": point.phase, "everything": point.everything} | there)
             print(f"{len(kills)}: killed in {point.phase}, {there['after']} s after its start: {' '.join(os.path.relpath(log, folder) for log in there['jobs'])}", flush=True)
-        elif started.popen.returncode:
+        elif started.popen.wait() or not left:  # else no such job was left
             break
-        else:
-            left.pop(0)  # no such job is left
     if started.popen.returncode:
         raise RuntimeError(f"the study failed after {len(kills)} kills:\n{(folder / 'study.log').read_text(errors='replace')[-3000:]}")
     return kills
@@ -205,7 +200,8 @@ def as_markdown(report: dict[str, Any]) -> str:
 def study_faults(study: str, folder: Path, planned: Sequence[Point], command: Callable[[Path], Sequence[str]], **changes: Any) -> dict[str, Any]:
     """Run a study undisturbed and disturbed, in two folders of `folder`; `command` starts one, given its file. Returns the report."""
     begun = time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("undisturbed", "disturbed"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     files = {name: write_copy(study, folder / name, **changes) for name in ("undisturbed", "disturbed")}
     quiet = Started(command(files["undisturbed"]), folder / "undisturbed" / "study.log")
     for _ in quiet.watch():

@@ -10,7 +10,7 @@ from dsft.losses import dsft_loss, join
 from dsft.methods import METHODS, Method
 from dsft.study import load_study
 from dsft.trainer import DSFTTrainer
-from dsft.training import last_complete_checkpoint, training_arguments
+from dsft.training import Checkpoints, last_complete_checkpoint, training_arguments
 
 NAMES = ("loss", "tft", "lc", "et")
 
@@ -98,7 +98,7 @@ def test_resume_is_bit_exact(tmp_path, strategy):
     )
     whole = tiny.trainer(tmp_path / "whole", **arguments)
     whole.train()
-    tiny.trainer(tmp_path / "cut", **arguments, callbacks=[Stop()]).train()
+    tiny.trainer(tmp_path / "cut", **arguments, callbacks=[Checkpoints(), Stop()]).train()
     checkpoint = last_complete_checkpoint(tmp_path / "cut")
     assert checkpoint.endswith("checkpoint-3")
     again = tiny.trainer(tmp_path / "cut", **arguments)
@@ -107,13 +107,14 @@ def test_resume_is_bit_exact(tmp_path, strategy):
     assert [losses(log) for log in training_logs(again)[3:]] == [losses(log) for log in training_logs(whole)[3:]]
 
 
-def test_a_checkpoint_cut_off_is_skipped(tmp_path):
+def test_checkpoints_are_sealed_one_is_kept_and_the_seconds_noted(tmp_path):
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
-    for step, state in ((3, "{}"), (20, '{"global_step": 20}'), (100, '{"global_st'), (200, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    trainer = tiny.trainer(tmp_path, save_strategy="steps", save_steps=2, callbacks=[Checkpoints()])
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    seconds = [entry["train_seconds"] for entry in trainer.state.log_history if "train_seconds" in entry]
+    assert len(seconds) == 4 and seconds == sorted(seconds)  # after steps 2, 4 and 5, and at the end
 
 
 def test_saved_model_loads_as_a_plain_causal_lm(tmp_path):
