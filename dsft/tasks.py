@@ -247,7 +247,8 @@ def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]
         config, stop = harness_prompt(task.dataset, task.lang), "\n"
     else:
         config, stop = {"include": str(_task_file(task.dataset)), "target_delimiter": delimiter}, TEMPLATES[study.data.template].stop
-    config |= {"task": task.name, "dataset_kwargs": {split: str(file) for split, file in task.files.items()}, "fewshot_split": task.splits[-1]}
+    config |= {"task": task.name, "dataset_kwargs": {split: str(file) for split, file in task.files.items()}}
+    config |= {"fewshot_split": task.splits[-1], "num_fewshot": study.evaluation.num_fewshot}
     if BENCHMARKS[task.dataset].generated:
         longest = study.evaluation.max_translation_tokens if task.dataset in TRANSLATION else study.evaluation.max_new_tokens
         config["generation_kwargs"] = {"until": [stop], "max_gen_toks": longest, "do_sample": False}
@@ -385,13 +386,12 @@ def _task_scores(task: Task, found: dict[str, float | None], logged: list[dict[s
     ]  # fmt: skip
 
 # %% ../nbs/23_tasks.ipynb #41ab45dc
-def _ask(lm: LM, tasks: list[Task], num_fewshot: int) -> dict[str, Any]:
+def _ask(lm: LM, tasks: list[Task]) -> dict[str, Any]:
     """What lm-eval reports: "results" and "samples" by the names of the tasks."""
     return simple_evaluate(
         model=lm,
         tasks=[task.name for task in tasks],
         task_manager=TaskManager(include_path=list(dict.fromkeys(str(task.folder) for task in tasks)), include_defaults=False),
-        num_fewshot=num_fewshot,
         bootstrap_iters=0,
         log_samples=True,
     )
@@ -427,6 +427,6 @@ def evaluate(
     lm = _by_name(str(model), tokenizer, params) if isinstance(model, (str, Path)) else _in_memory(model, tokenizer, params)
     _compare_ids(lm, tokenizer, TEMPLATES[study.data.template].prompt("a"), params)
     _check_lengths(lm, tasks)
-    report = _ask(lm, tasks, params.num_fewshot)
+    report = _ask(lm, tasks)
     outcomes = [_outcome(task, lm, report, params) for task in tasks]
     return [score for scores, _ in outcomes for score in scores], [sample for _, samples in outcomes for sample in samples]
