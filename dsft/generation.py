@@ -136,8 +136,8 @@ def translator(options: TranslatorOptions, study: Study, lang: str, field: str) 
     model, tokenizer, forced = _load_translator(options, lang, field)
 
     def translate(texts: list[str]) -> list[str]:
-        options = {"padding": True, "truncation": True, "split_special_tokens": True, "return_token_type_ids": False}
-        batch = tokenizer(texts, return_tensors="pt", **options).to(model.device)
+        as_text = {"padding": True, "truncation": True, "split_special_tokens": True, "return_token_type_ids": False}
+        batch = tokenizer(texts, return_tensors="pt", **as_text).to(model.device)
         with torch.inference_mode():
             said = model.generate(**batch, max_new_tokens=options.max_new_tokens, do_sample=False, **forced)
         return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]

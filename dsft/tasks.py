@@ -256,6 +256,8 @@ def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]
     else:
         config, stop = {"include": str(_task_file(task.dataset)), "target_delimiter": delimiter}, TEMPLATES[study.data.template].stop
     config |= {"task": task.name, "dataset_kwargs": {split: str(file) for split, file in task.files.items()}, "fewshot_split": task.splits[-1]}
+    if task.dataset != INSTRUCTIONS:  # these are asked as in training, always without examples
+        config["num_fewshot"] = study.evaluation.num_fewshot
     if task.gold:
         asked = [config["include"]] if isinstance(config["include"], str) else config["include"]
         config |= {"include": [*asked, str(_task_file("score_bits"))], "doc_to_choice": "choices", "doc_to_target": "label", "generation_kwargs": None}
@@ -420,7 +422,7 @@ def _task_scores(task: Task, found: dict[str, float | None], logged: list[dict[s
     ]  # fmt: skip
 
 # %% ../nbs/23_tasks.ipynb #41ab45dc
-def _ask(lm: LM, tasks: list[Task], num_fewshot: int) -> dict[str, dict[str, Any]]:
+def _ask(lm: LM, tasks: list[Task]) -> dict[str, dict[str, Any]]:
     """What lm-eval reports: "results" and "samples" by the names of the tasks."""
     if not tasks:
         return {"results": {}, "samples": {}}
@@ -428,15 +430,14 @@ def _ask(lm: LM, tasks: list[Task], num_fewshot: int) -> dict[str, dict[str, Any
         model=lm,
         tasks=[task.name for task in tasks],
         task_manager=TaskManager(include_path=list(dict.fromkeys(str(task.folder) for task in tasks)), include_defaults=False),
-        num_fewshot=num_fewshot,
         bootstrap_iters=0,
         log_samples=True,
     )
 
 # %% ../nbs/23_tasks.ipynb #21503596
-def _ask_all(lm: LM, tasks: list[Task], num_fewshot: int) -> dict[str, dict[str, Any]]:
+def _ask_all(lm: LM, tasks: list[Task]) -> dict[str, dict[str, Any]]:
     """As `_ask`, in two parts."""
-    parts = [_ask(lm, [task for task in tasks if (task.benchmark.metric == BITS) == only_bits], num_fewshot) for only_bits in (False, True)]
+    parts = [_ask(lm, [task for task in tasks if (task.benchmark.metric == BITS) == only_bits]) for only_bits in (False, True)]
     return {key: parts[0][key] | parts[1][key] for key in ("results", "samples")}
 
 # %% ../nbs/23_tasks.ipynb #0a586538
@@ -487,6 +488,6 @@ def evaluate(
     lm = _by_name(str(model), tokenizer, params) if isinstance(model, (str, Path)) else _in_memory(model, tokenizer, params)
     _compare_ids(lm, tokenizer, TEMPLATES[study.data.template].prompt("a"), params)
     _check_lengths(lm, asked)
-    report = _ask_all(lm, asked, params.num_fewshot)
+    report = _ask_all(lm, asked)
     outcomes = [_outcome(task, gold.get(task), lm, report, params) for task in tasks]
     return [score for scores, _ in outcomes for score in scores], [sample for _, samples in outcomes for sample in samples]

@@ -232,6 +232,23 @@ def test_a_sample_is_the_same_in_every_language_and_no_first_part(data_dir):
     assert any(int(key[1:]) > 250 for key in chosen["zh"])
 
 
+def test_ids_that_a_gap_made_fractions_are_the_same_ids(data_dir):
+    ids = lambda *values: [item["id"] for item in xcopa_items(data_dir, values)]
+    assert ids(0, 1) == ids(0.0, 1.0) == ids("0", "1") == ["0", "1"]
+    assert ids(None, 7.0) == ids(float("nan"), 7) == ["0", "7"]  # a row without an id has its number
+
+
+def xcopa_items(data_dir, ids):
+    (data_dir / PLACE["xcopa"]).write_text(lines(row | {"idx": n} for row, n in zip(XCOPA, ids)), encoding="utf-8")
+    return load_items("xcopa", "zh", asked(data_dir, "xcopa"))
+
+
+def test_a_dataset_without_rows_is_one_line(monkeypatch):
+    monkeypatch.setattr(benchmark_items, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"premise": []}))
+    with pytest.raises(ParamsError, match=r"cambridgeltl/xcopa \(zh, test\) on the hub: holds no rows"):
+        load_items("xcopa", "zh", EvalParams(benchmarks=("xcopa",), source="hub"))
+
+
 # ---- broken files: kind, benchmark, how the good file is broken, what the one line says
 def change(rows, n, **fields):
     return [row | (fields if k == n else {}) for k, row in enumerate(rows)]
@@ -617,6 +634,14 @@ def test_what_lm_eval_warns_of_is_shown_once(data_dir, tmp_path, small, capsys):
         for length in (600, 700):
             logging.getLogger("lm_eval.models.huggingface").warning("A remark on %s tokens, known to this test only", length)
     assert capsys.readouterr().err.count("known to this test only") == 1
+
+
+@pytest.mark.parametrize("folder", ["a[1]", "b{x}", "c*?"])
+def test_a_run_folder_is_a_path_and_no_pattern_and_no_cache_is_needed(data_dir, tmp_path, small, monkeypatch, folder):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("read through datasets and its cache"))
+    study = study_on(data_dir, tmp_path / folder, "xcopa", prompt=("dsft", "harness"), num_fewshot=1)
+    scores, _ = tasks.evaluate(*small, study, ("zh",))
+    assert [score["items"] for score in scores] == [2, 2]
 
 
 # ---- other backends

@@ -27,7 +27,7 @@ from ..generation import TranslatorOptions, load_base, own_answers, translator
 from ..languages import is_unspaced, language_name, nearest, to_nfc
 from ..methods import PATTERNS
 from ..microcosm import World
-from ..prompts import TEMPLATES
+from ..prompts import TEMPLATES, is_blank
 from ..settings import Language, Share
 from ..study import Recipe, Run
 from ..tables import Pair
@@ -88,7 +88,7 @@ def _aligned_sentences(paths: tuple[str, str], lang: str, notes: list[str] | Non
     english, target = (text_lines(_named_file(path, field, f"two text files, English and {lang}, aligned by line"), field, notes) for path in paths)
     if len(english) != len(target):
         raise ParamsError(f"{field}: {paths[0]} has {len(english)} lines and {paths[1]} {len(target)}; they must be aligned by line")
-    return [(en.strip(), tgt.strip()) for en, tgt in zip(english, target) if en.strip() and tgt.strip()]
+    return [(en.strip(), tgt.strip()) for en, tgt in zip(english, target) if not (is_blank(en) or is_blank(tgt))]
 
 # %% ../../nbs/recipes/sdrrl.ipynb #cbd6082f
 class Resources(NamedTuple):
