@@ -16,6 +16,7 @@ from pydantic import PositiveInt
 from tqdm.std import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .backbone import max_positions
 from .data import pad_inside
 from .files import ParamsError, digest, exclusive, from_hub, json_digest, load_model, write_jsonl
 from .methods import Part
@@ -55,7 +56,8 @@ def resumable_map(file: Path, prompts: list[str], answer: Callable[[list[str]], 
 def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], stop: str, max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch of prompts, cut at `stop`."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = tokenizer(prompts)["input_ids"]
+    room = max(1, max_positions(model.config) - max_new_tokens) if max_positions(model.config) else 0  # a prompt that is longer loses its beginning
+    rows = [row[-room:] for row in tokenizer(prompts)["input_ids"]]
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
