@@ -7,7 +7,7 @@ __all__ = ['PATIENCE', 'SUMS', 'PACKAGE', 'PACKAGES', 'ParamsError', 'project_ro
            'clear_temporary', 'write_json', 'write_jsonl', 'lines_of', 'read_lines', 'read_rows', 'exclusive', 'hold',
            'digest', 'contents', 'seal', 'damage', 'check_intact', 'json_digest', 'python_code', 'import_closure',
            'strings', 'package_data', 'code_digest', 'made_by', 'read_yaml', 'git', 'versions', 'provenance',
-           'check_made_from', 'unwritable_cache', 'from_hub', 'load_model']
+           'check_made_from', 'unwritable_cache', 'from_hub', 'first_wrong_weight', 'load_model']
 
 # %% ../nbs/00_files.ipynb #16b2a432
 import ast
@@ -515,11 +515,11 @@ def from_hub(name: str, what: Literal["model", "dataset"] = "model", field: str 
         raise ParamsError(f"{shown}: {_remedy(error, name, what)}") from None
 
 # %% ../nbs/00_files.ipynb #70f9ad8d
-def _first_wrong_weight(told: dict[str, Any]) -> str:
-    """What is wrong with the weights of a checkpoint, by the loading info of transformers; "" when nothing is."""
+def first_wrong_weight(told: dict[str, Any]) -> str:
+    """What is wrong with the weights of a checkpoint, by what transformers or torch tells of loading it; "" when nothing is."""
     found = {
         "has no weight": sorted(told["missing_keys"]),
-        "has the wrong shape in": [f"{name} ({list(is_so)}, not {list(should)})" for name, is_so, should in sorted(told["mismatched_keys"])],
+        "has the wrong shape in": [f"{name} ({list(is_so)}, not {list(should)})" for name, is_so, should in sorted(told.get("mismatched_keys", ()))],
         "has an unexpected weight": sorted(told["unexpected_keys"]),
     }
     what, names = next(((what, names) for what, names in found.items() if names), ("", []))
@@ -533,7 +533,7 @@ def load_model(auto: type, name: str, field: str = "", **options: Any) -> Any:
     """
     with from_hub(name, "model", field):
         model, told = auto.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    if wrong := _first_wrong_weight(told):
+    if wrong := first_wrong_weight(told):
         shown = f"{field} = {name!r}" if field else repr(name)
         raise ParamsError(f"{shown}: the checkpoint {wrong}, as {type(model).__name__} reads it; fetch or save it again, or correct its config.json")
     return model

@@ -17,6 +17,7 @@ from pydantic import PositiveInt
 from tqdm.std import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .backbone import max_positions
 from .data import pad_inside, padded, prompt_ids
 from .files import ParamsError, check_intact, digest, exclusive, from_hub, json_digest, load_model, versions, write_jsonl, writing
 from .languages import nearest
@@ -73,7 +74,8 @@ def resumable_map(file: Path, prompts: list[str], answer: Callable[[list[str]], 
 def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], stop: str, max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch of prompts, cut at `stop`."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask = (t.to(model.device) for t in padded(prompt_ids(tokenizer, prompts), pad, "left"))
+    room = max(1, max_positions(model.config) - max_new_tokens) if max_positions(model.config) else 0  # a prompt that is longer loses its beginning
+    ids, mask = (t.to(model.device) for t in padded([row[-room:] for row in prompt_ids(tokenizer, prompts)], pad, "left"))
     with torch.inference_mode():
         said = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,

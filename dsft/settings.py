@@ -166,7 +166,7 @@ class TrainParams(Part):
     """The fine-tuning recipe; the defaults are the paper's where it states them (see PAPER in the README), else Alpaca's."""
 
     epochs: Rate = 3.0
-    max_steps: Literal[-1] | PositiveInt = -1  # stop after so many optimiser steps; -1: as long as the epochs last
+    max_steps: int = -1  # stop after so many optimiser steps; -1: as long as the epochs last
     batch_size: PositiveInt = 128  # examples a step, over all devices and accumulation steps
     per_device_batch_size: PositiveInt = 16
     learning_rate: Rate = 2e-5
@@ -185,6 +185,8 @@ class TrainParams(Part):
 
     @model_validator(mode="after")
     def _whole_steps(self):
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps = {self.max_steps} trains nothing; give a number of steps, or -1 for as long as the epochs last")
         if self.batch_size % self.per_device_batch_size:
             raise ValueError(f"batch_size = {self.batch_size} must be a multiple of per_device_batch_size = {self.per_device_batch_size}")
         return self

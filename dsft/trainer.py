@@ -33,6 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .backbone import LOGITS_PER_CHUNK, find_backbone
 from .data import RowLimits, TokenizedExample, collate, pad_inside
+from .files import ParamsError, first_wrong_weight
 from .losses import LOSSES, TFT, ForwardPass, LossPath, active, branches_of, combine, loss_counts, loss_sums, terms_of
 from .methods import Supervision
 from .not_finite import NotFinite, culprits, example_names, in_words, keep
@@ -243,6 +244,10 @@ class DSFTTrainer(Trainer):
         self._means = RunningMeans(LOSSES, self.args.device)  # without what a try with too large batches left
         return super()._inner_training_loop(batch_size, **kwargs)
 
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """As ever, but nothing once all steps are made: going on from the last checkpoint of a finished training, transformers would make one more."""
+        return ([], None) if self.is_in_train and self.state.global_step >= self.state.max_steps else super().get_batch_samples(*args)
+
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         self._check_rows(dataset, description)
         return super()._remove_unused_columns(dataset, description)
@@ -268,6 +273,13 @@ class DSFTTrainer(Trainer):
         output.metrics[f"{metric_key_prefix}_loss"] = float(losses["loss"])
         output.metrics.update({f"{metric_key_prefix}_loss_{name}": float(losses[name]) for name in LOSSES})
         return output
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(weight) for name, weight in weights.items() if name not in load_result.missing_keys}
+        missing = {name for name in load_result.missing_keys if id(weights.get(name)) not in loaded}  # what is tied to a loaded weight is loaded
+        if wrong := first_wrong_weight({"missing_keys": missing, "unexpected_keys": load_result.unexpected_keys}):
+            raise ParamsError(f"the checkpoint in {self.args.output_dir} {wrong}; remove it, the training goes on from the one before it or begins again")
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

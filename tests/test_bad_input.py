@@ -6,16 +6,25 @@ run here as well.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from test_tasks import BROKEN, data_dir, test_a_broken_file_is_one_line  # noqa: F401
 
 from dsft.checks import check
 from dsft.data import parallel_rows
+from dsft.files import ParamsError, load_model, python_code
+from dsft.generation import load_base
 from dsft.settings import DataParams
+from dsft.study import Study
+from dsft.training import fine_tune
 
 ENGLISH = [{"id": n, "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
 CHINESE = [{"id": n, "instruction": f"{n}加{n}等于几?", "input": "", "output": f"等于{2 * n}。"} for n in range(20)]
@@ -166,6 +175,7 @@ BAD = [
     ("no English side", study("data", files={"zh": "FOLDER/zh.json"}), "study.yaml: data: `files` needs the English side under the key en"),
     ("a format unknown", study("data", files={"en": "FOLDER/en.csv", "zh": "FOLDER/zh.json"}), "study.yaml: data.files.en: the file's name must end in .json, .jsonl or .parquet"),
     ("a share above one", study("data", max_dropped=1.5), "study.yaml: data.max_dropped = 1.5"),
+    ("no steps at all", study("train", max_steps=0), "study.yaml: train: max_steps = 0 trains nothing; give a number of steps, or -1"),
     ("batches that do not divide", study("train", batch_size=6), "study.yaml: train: batch_size = 6 must be a multiple"),
     ("layers out of order", study(layers={"i": 5, "j": 2}), "study.yaml: layers: layer i = 5 must lie below layer j = 2"),
     ("a layer that the model has not", study(layers={"i": 1, "j": 99}), "study.yaml: layers.j = 99: micro-llama has layers 1 to"),
@@ -259,3 +269,79 @@ def test_what_does_no_harm_is_read(good, tmp_path, change, said):
     rows, report = parallel_rows(DataParams(source="files", files=files), "zh")
     assert rows["y_tgt"][:] == [row["output"] for row in CHINESE] and rows["y_en"][:] == [row["output"] for row in ENGLISH]
     assert report["tables"]["zh"]["notes"] == ([said] if said else [])
+
+
+# ---- checkpoints: every weight of a model comes from its file
+def damaged(folder: Path, change, **save) -> str:
+    """The folder of a tiny model whose weights, file by file, `change` has had its way with."""
+    sizes = dict(vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=save.pop("tied", False))).save_pretrained(folder, **save)
+    for file in folder.glob("*.safetensors"):
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return str(folder)
+
+
+def lacking(name):
+    return lambda weights: {key: weight for key, weight in weights.items() if key != name}
+
+
+UP, HEAD, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.embed_tokens.weight"
+WEIGHTS = {
+    "a weight missing": (lacking(UP), {}, f"has no weight {UP}"),
+    "the head missing": (lacking(HEAD), {}, f"has no weight {HEAD}"),
+    "missing from a shard": (lacking(UP), {"max_shard_size": "8KB"}, f"has no weight {UP}"),
+    "tied, and no embedding": (lacking(EMBEDDING), {"tied": True}, f"has no weight {HEAD} (and 1 more)"),
+    "one too many": (lambda weights: weights | {"model.layers.2.mlp.up_proj.weight": torch.zeros(2)}, {}, "has an unexpected weight model.layers.2.mlp.up_proj.weight"),
+    "another shape": (lambda weights: weights | {"model.norm.weight": torch.zeros(8)}, {}, "has the wrong shape in model.norm.weight ([8], not [16])"),
+}
+WHOLE = {
+    "as saved": (dict, {}),
+    "in shards": (dict, {"max_shard_size": "8KB"}),
+    "tied": (dict, {"tied": True}),
+    "tied, the head saved as well": (lambda weights: weights | {HEAD: weights[EMBEDDING].clone()}, {"tied": True}),
+    "tied, saved under the head's name": (lambda weights: {HEAD if key == EMBEDDING else key: weight for key, weight in weights.items()}, {"tied": True}),
+    "with a buffer of older versions": (lambda weights: weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, kind):
+    change, how, words = WEIGHTS[kind]
+    with pytest.raises(ParamsError) as error:
+        load_model(transformers.AutoModelForCausalLM, damaged(tmp_path, change, **how), "models.mine.path")
+    told = str(error.value)
+    assert "\n" not in told and told.startswith(f"models.mine.path = '{tmp_path}': the checkpoint {words}, as LlamaForCausalLM reads it; "), told
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_whole_checkpoint_is_loaded(tmp_path, kind):
+    change, how = WHOLE[kind]
+    model = load_model(transformers.AutoModelForCausalLM, damaged(tmp_path, change, **how))
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == how.get("tied", False)
+
+
+def test_a_missing_shard_is_one_line(tmp_path):
+    folder = damaged(tmp_path, dict, max_shard_size="8KB")
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(ParamsError, match="not readable as a model: no such file or directory: .*model-00002-of-") as error:
+        load_model(transformers.AutoModelForCausalLM, folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_study_on_a_damaged_base_trains_nothing(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "models" / "micro-llama", base)
+    weights = load_file(base / "model.safetensors")
+    save_file(lacking("model.layers.3.mlp.up_proj.weight")(weights), base / "model.safetensors", metadata={"format": "pt"})
+    more = {"languages": ["zh"], "methods": ["tft"], "runs": str(tmp_path / "runs"), "data": {"items": 8, "max_length": 256}}
+    run = Study(name="s", models={"m": {"path": str(base)}}, train={"max_steps": 1, "batch_size": 2, "per_device_batch_size": 2, "bf16": False}, **more).run("m", "zh", "tft", 0)
+    for use in (fine_tune, load_base):
+        with pytest.raises(ParamsError, match=r"models\.m\.path = .*: the checkpoint has no weight model\.layers\.3\.mlp\.up_proj\.weight"):
+            use(run)
+
+
+def test_nobody_loads_a_model_by_himself():
+    """All models go through `load_model`; what else is called from_pretrained is a tokenizer or a config, or a cell that shows a model that was just saved."""
+    modules = [file for file in (ROOT / "dsft").rglob("*.py") if not file.name.startswith("_")]
+    for file in [*modules, *(ROOT / "nbs" / "experiments").glob("*.ipynb")]:
+        assert not re.findall(r"\bAutoModel\w*\.from_pretrained\(|\w+For\w+LM\.from_pretrained\(", python_code(file)), file.name

@@ -4,8 +4,10 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from dsft.data import TokenizedExample, collate
+from dsft.files import ParamsError
 from dsft.losses import dsft_loss, join
 from dsft.methods import METHODS, Method
 from dsft.study import load_study
@@ -201,3 +203,57 @@ def test_a_method_may_train_for_longer_than_the_study():
     study = study.model_copy(update={"methods": (METHODS["tft"], Method(name="tft_compute", stages=[{"epochs": 1.4}])), "train": study.train.model_copy(update={"epochs": 3.0})})
     epochs = [training_arguments(run, run.stages[0]).num_train_epochs for run in (study.run("mini-llama", "zh", name, 0) for name in ("tft", "tft_compute"))]
     assert epochs == pytest.approx([3.0, 4.2])
+
+
+@pytest.mark.parametrize(("steps", "every", "told"), [(1, 10, [1]), (5, 10, [5]), (5, 2, [2, 4, 5]), (4, 2, [2, 4])])
+def test_the_last_steps_are_told_too(tmp_path, steps, every, told):
+    trainer, each = (tiny.trainer(tmp_path, max_steps=steps, logging_steps=n) for n in (every, 1))
+    for one in (trainer, each):
+        one.train()
+    assert [log["step"] for log in training_logs(trainer)] == told
+    since = [log for log in training_logs(each) if log["step"] > ([0, *told][-2])]
+    mean = torch.tensor([losses(log) for log in since]).mean(0).tolist()
+    assert losses(training_logs(trainer)[-1]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_run_that_something_stops_tells_its_last_steps(tmp_path):
+    stopped = tiny.trainer(tmp_path, max_steps=8, logging_steps=3, callbacks=[Stop()])
+    stopped.train()
+    assert [log["step"] for log in training_logs(stopped)] == [3, 4]
+    silent = tiny.trainer(tmp_path, max_steps=2, logging_strategy="no")
+    silent.train()
+    assert training_logs(silent) == []
+
+
+def test_a_training_that_was_done_is_still_told(tmp_path):
+    """Killed between the last step and the saving: it goes on from the last checkpoint with no step left."""
+    arguments = dict(max_steps=3, logging_steps=10, save_strategy="steps", save_steps=3)
+    once, again = (tiny.trainer(tmp_path, **arguments) for _ in range(2))
+    once.train()
+    again.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path))
+    assert tiny.largest_difference(once.model.state_dict(), again.model.state_dict()) == 0
+    assert again.state.global_step == 3 and [log["step"] for log in training_logs(again)] == [3]
+    assert any("train_runtime" in log for log in again.state.log_history)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("change", ["whole", "lacks", "too many"])
+def test_a_checkpoint_without_one_of_its_weights_is_an_error(tmp_path, tied, change):
+    arguments = dict(max_steps=2, save_strategy="steps", save_steps=1, optim="adamw_torch")
+    tiny.trainer(tmp_path, lm=tiny.model(tied), **arguments).train()
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = load_file(file)
+    if change == "lacks":
+        del weights["model.layers.2.mlp.up_proj.weight"]
+    if change == "too many":
+        weights["model.layers.4.mlp.up_proj.weight"] = torch.zeros(2)
+    save_file(weights, file, metadata={"format": "pt"})
+    again = tiny.trainer(tmp_path, lm=tiny.model(tied), **arguments)
+    if change == "whole":
+        again.train(resume_from_checkpoint=str(file.parent))
+        assert again.state.global_step == 2
+        return
+    words = {"lacks": "has no weight model.layers.2.mlp.up_proj.weight", "too many": "has an unexpected weight model.layers.4.mlp.up_proj.weight"}
+    with pytest.raises(ParamsError, match=f"the checkpoint in .* {words[change]}; remove it") as error:
+        again.train(resume_from_checkpoint=str(file.parent))
+    assert "\n" not in str(error.value)
