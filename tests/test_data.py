@@ -263,7 +263,7 @@ def test_nothing_is_held_out_unless_it_is_asked_for(tmp_path):
     ]
     assert report.keys() == {"source", "lang", "tables", "join", "rank correlation of question lengths", "examples", "dropped"}
     assert held_out_pairs(data, "vi") == []
-    assert rows_digest(load_parallel(DataParams(items=20), "zh")) .startswith("47dd73e6482de698")
+    assert rows_digest(load_parallel(DataParams(items=20), "zh")).startswith("47dd73e6482de698")
 
 
 @pytest.mark.parametrize("change", ["none", "reversed", "no ids", "a row less in Vietnamese", "an empty answer in Vietnamese", "a row more in English", "fewer items"])
