@@ -175,11 +175,11 @@ def test_inside_with_facts(project):
     (project / "runs/asked/m/zh/layers.json").write_bytes((project / "runs/wide/m/zh/layers.json").read_bytes())
     for file in (project / "runs/asked/m/zh/tft").glob("*/inside.json"):
         found = json.loads(file.read_text())
-        curves = {"facts_en": [0, 0.3, 0.1, 0], "facts_tgt": [0, 0, 0.05, 0.2], "facts_en_asked_en": [0, 0.2, 0.4, 0.6]}
+        curves = {"facts_en": [0, 0.3, 0.1, 0], "facts_tgt": [0, 0, 0.05, 0.2], "facts_en_asked_en": [0, 0.2, 0.4, 0.6], "facts_en_median": [0, 0.002, 0.001, 0]}
         found["rows"] += [{"layer": k, "quantity": q, "value": v} for q, curve in curves.items() for k, v in enumerate(curve)]
         file.write_text(json.dumps(found | {"facts": 200}))
     shown = analyse(project, "inside", "asked")
-    assert "facts in Chinese, TFT: the English answer is likeliest at layer 1 (0.300), the target answer at layer 3 (0.200); from layer 3 on the target" in shown
+    assert "facts in Chinese, TFT: the English answer is likeliest at layer 1 (0.300), the target answer at layer 3 (0.200); from layer 3 on the target answer is the likelier one. For half of the facts the English answer has at most 0.0020 there." in shown
     assert "questions in Chinese, TFT: the English answer is likeliest at layer 2 (0.500)" in shown and "facts in Chinese, base" not in shown
     table = pd.read_csv(project / "figures/asked/inside.csv")
     assert table.query("quantity == 'facts_en' and layer == 1")["value"].tolist() == [0.3] * 3
