@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'token_probability', 'answer_probability', 'pooled_states', 'retrieval', 'cosine_gap',
            'similarity_curves', 'parallel_questions', 'read_clozes', 'parallel_clozes', 'before_mask', 'first_tokens',
-           'Question', 'tokenize_question', 'distinct', 'tokenize_clozes', 'language_curves', 'base_curves',
-           'look_inside']
+           'Question', 'tokenize_question', 'distinct', 'tokenize_clozes', 'language_probabilities', 'language_curves',
+           'base_curves', 'look_inside']
 
 # %% ../nbs/16_inside.ipynb #ab348c0f
 from collections.abc import Iterator, Sequence
@@ -199,19 +199,23 @@ def _answer_ids(questions: Sequence[dict[str, Question]], side: str) -> list[lis
     return [[*q[side].first, *[-1] * (most - len(q[side].first))] for q in questions]
 
 
-def language_curves(model: nn.Module, questions: Sequence[dict[str, Question]]) -> dict[str, np.ndarray]:
-    """Mean `answer_probability` over parallel questions {"tgt", "en"} at each layer, [L + 1] each; none where there are no questions.
+def language_probabilities(model: nn.Module, questions: Sequence[dict[str, Question]]) -> dict[str, np.ndarray]:
+    """`answer_probability` of N parallel questions {"tgt", "en"} at each layer, [N, L + 1] each.
 
     `en` and `tgt`: of the English and of the target answer, asked in the target language; `en_asked_en`: of the English one, asked in English.
     """
-    if not questions:
-        return {}
     en, tgt = (_answer_ids(questions, side) for side in ("en", "tgt"))
     answers = [one + other for one, other in zip(en, tgt)]
     asked = {side: answer_probability(model, [q[side].prompt for q in questions], answers) for side in ("tgt", "en")}
     split = len(en[0])
     curves = {"en": asked["tgt"][..., :split], "tgt": asked["tgt"][..., split:], "en_asked_en": asked["en"][..., :split]}
-    return {name: probability.sum(-1).mean(0) for name, probability in curves.items()}
+    return {name: probability.sum(-1) for name, probability in curves.items()}
+
+
+def language_curves(model: nn.Module, questions: Sequence[dict[str, Question]]) -> dict[str, np.ndarray]:
+    """The mean of `language_probabilities` over the questions, [L + 1] each; none where there are no questions."""
+    found = language_probabilities(model, questions) if questions else {}
+    return {name: probability.mean(0) for name, probability in found.items()}
 
 # %% ../nbs/16_inside.ipynb #58369e42
 def base_curves(
@@ -238,7 +242,7 @@ def look_inside(
     """What can be read inside a model on the study's parallel questions and cloze facts in `lang` and English, up to `limit` of each.
 
     Returns {benchmark, items, distinct, facts, rows}, with rows of layer, quantity and value: those of `language_curves` over the `distinct` items whose
-    two answers begin differently, those of `similarity_curves` over all items, and with the prefix facts_ those of `language_curves` over the `facts`. And the pooled states for
+    two answers begin differently, those of `similarity_curves` over all items, and with the prefix facts_ means and (suffix _median) medians of `language_probabilities` over the `facts`. And the pooled states for
     pictures: en and tgt, float16 [N, 2, hidden_size], of the middle and the last layer; none where there are no items.
     """
     name, items = parallel_questions(study, lang, limit)
@@ -251,6 +255,7 @@ def look_inside(
         curves |= similarity_curves(states["en"], states["tgt"])
         top = states["en"].shape[1] - 1
         pooled = {side: torch.from_numpy(h[:, [top // 2, top]]).half().contiguous() for side, h in states.items()}
-    curves |= {f"facts_{quantity}": curve for quantity, curve in language_curves(model, facts).items()}
+    for quantity, probability in (language_probabilities(model, facts) if facts else {}).items():
+        curves |= {f"facts_{quantity}": probability.mean(0), f"facts_{quantity}_median": np.median(probability, axis=0)}
     rows = [{"layer": k, "quantity": q, "value": round(float(v), 6)} for q, curve in curves.items() for k, v in enumerate(curve)]
     return {"benchmark": name, "items": len(items), "distinct": len(differing), "facts": len(facts), "rows": rows}, pooled

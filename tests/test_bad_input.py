@@ -23,7 +23,7 @@ from dsft.data import parallel_rows
 from dsft.files import ParamsError, load_model, python_code
 from dsft.generation import load_base
 from dsft.settings import DataParams
-from dsft.study import Study
+from dsft.study import Study, load_study
 from dsft.training import fine_tune
 
 ENGLISH = [{"id": n, "instruction": f"What is {n} and {n}?", "input": "", "output": f"That is {2 * n}."} for n in range(20)]
@@ -180,6 +180,16 @@ BAD = [
     ("layers out of order", study(layers={"i": 5, "j": 2}), "study.yaml: layers: layer i = 5 must lie below layer j = 2"),
     ("a layer that the model has not", study(layers={"i": 1, "j": 99}), "study.yaml: layers.j = 99: micro-llama has layers 1 to"),
     ("a launcher that is not there", study("train", launch="none.yaml"), "study.yaml: train.launch = 'none.yaml': no such file"),
+    ("a model from nowhere", study(models={"a": {"vocabulary": {}}}), "study.yaml: models.a: give `path` (a folder or a name on the hub), `pretrain` or `gguf`"),
+    ("a model made twice", study(models={"a": {"pretrain": {}, "gguf": "a.gguf"}}), "study.yaml: models.a: `pretrain` and `gguf` both make the model"),
+    ("a GGUF file that is not there", study(models={"a": {"gguf": "models/none.gguf"}}), "models.a.gguf = 'models/none.gguf': no such file"),
+    ("a count of no tokens", study("models.micro-llama", vocabulary={"min_count": 0}), "study.yaml: models.micro-llama.vocabulary.min_count = 0"),
+    # environment variables in paths
+    ("data by a variable that is not set", study("data", files={"en": "${DSFT_NOWHERE}/en.json", "zh": "FOLDER/zh.json"}), "data.files.en = '${DSFT_NOWHERE}/en.json': the environment variable DSFT_NOWHERE is not set; export DSFT_NOWHERE="),
+    ("a dictionary by a variable that is not set", study("recipes.sdrrl", dictionaries={"zh": "${DSFT_NOWHERE}/dictionary.txt"}), "sdrrl.dictionaries.zh = '${DSFT_NOWHERE}/dictionary.txt': the environment variable DSFT_NOWHERE is not set"),
+    ("benchmarks by a variable that is not set", study("evaluation", source="files", data_dir="${DSFT_NOWHERE}/b", benchmarks=["xcopa"]), "evaluation.data_dir = '${DSFT_NOWHERE}/b': the environment variable DSFT_NOWHERE is not set"),
+    ("a GGUF file by a variable that is not set", study(models={"a": {"gguf": "${DSFT_NOWHERE}/a.gguf"}}), "models.a.gguf = '${DSFT_NOWHERE}/a.gguf': the environment variable DSFT_NOWHERE is not set"),
+    ("a base by a variable that is not set", study(models={"a": {"path": "${DSFT_NOWHERE}/a"}}), "models.a.path = '${DSFT_NOWHERE}/a': the environment variable DSFT_NOWHERE is not set"),
     # SDRRL
     ("SDRRL's dictionary missing", moved("dictionary.txt", "x"), "sdrrl.dictionaries.zh = |no such file"),
     ("SDRRL's translations missing", moved("translations.jsonl", "x"), "sdrrl.translations.zh = |no such file"),
@@ -345,3 +355,20 @@ def test_nobody_loads_a_model_by_himself():
     modules = [file for file in (ROOT / "dsft").rglob("*.py") if not file.name.startswith("_")]
     for file in [*modules, *(ROOT / "nbs" / "experiments").glob("*.ipynb")]:
         assert not re.findall(r"\bAutoModel\w*\.from_pretrained\(|\w+For\w+LM\.from_pretrained\(", python_code(file)), file.name
+
+
+def test_paths_by_a_variable_of_the_environment(good, tmp_path, capsys, monkeypatch):
+    """Data, dictionaries and benchmarks lie where a variable says; what is recorded of the study keeps the variable."""
+    monkeypatch.setenv("DSFT_SOMEWHERE", str(tmp_path / "study"))
+    items = [{"idx": n, "premise": f"第{n}个人很高兴。", "choice1": "他哭了。", "choice2": "他笑了。", "question": "effect", "label": 1} for n in range(20)]
+    folder = broken(good, tmp_path, study("data", files={"en": "${DSFT_SOMEWHERE}/en.json", "zh": "${DSFT_SOMEWHERE}/zh.json"}), {})
+    study("recipes.sdrrl", dictionaries={"zh": "${DSFT_SOMEWHERE}/dictionary.txt"})(folder)
+    study("evaluation", source="files", data_dir="${DSFT_SOMEWHERE}/benchmarks", benchmarks=["xcopa"])(folder)
+    (folder / "benchmarks" / "xcopa").mkdir(parents=True)
+    (folder / "benchmarks" / "xcopa" / "test.zh.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in items), encoding="utf-8")
+    check_in(folder)
+    assert "1 models, languages zh" in capsys.readouterr().out
+    run = load_study(folder / "study.yaml").run("micro-llama", "zh", "sdrrl", 0)
+    inputs = run.inputs
+    assert inputs["data"]["files"]["zh"]["path"] == "${DSFT_SOMEWHERE}/zh.json"
+    assert {Path(path).name for path in inputs["files"]} == {"en.json", "zh.json", "dictionary.txt", "translations.jsonl"}

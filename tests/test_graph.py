@@ -133,3 +133,35 @@ def test_what_is_edited_is_trained_again_with_what_depends_on_it(project, name, 
 
 def test_what_is_as_it_was_is_not_trained_again(project):
     assert planned(project) == set()
+
+
+def test_a_base_whose_vocabulary_is_cut_is_made_from_the_texts_of_the_study(project):
+    study = yaml.safe_load((project / "params" / "toy.yaml").read_text(encoding="utf-8"))
+    study = study | {"models": {"micro-llama": {"path": "models/micro-llama", "vocabulary": {"min_count": 1}}}, "methods": ["tft"]}
+    study["recipes"] = {}
+    (project / "params" / "cut.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    target = "runs/cut/micro-llama/zh/tft/seed0/train_log.jsonl"
+    make = lambda *arguments: run(project, "snakemake", "--config", "study=cut", "--nolock", "--cores", "2", *arguments, "--", target)
+    cut_again = lambda: "rule cut_vocabulary_micro-llama" in make("--dry-run")
+
+    make("--quiet", "rules", "host")
+    base, trained = project / "runs" / "cut" / "micro-llama" / "cut", project / Path(target).parent / "model"
+    sizes = [json.loads((folder / "config.json").read_text())["vocab_size"] for folder in (base, trained, project / "models" / "micro-llama")]
+    assert sizes[0] == sizes[1] < sizes[2]
+    assert json.loads((base / "provenance.json").read_text())["segmented differently"] == 0
+    os.utime(project / "zh.json")
+    assert not cut_again()
+    content = (project / "zh.json").read_text(encoding="utf-8")
+    (project / "zh.json").write_text(content.replace("？", "？？", 1), encoding="utf-8")
+    try:
+        assert cut_again()
+    finally:
+        (project / "zh.json").write_text(content, encoding="utf-8")
+    weights = project / "models" / "micro-llama" / "config.json"
+    content, times = weights.read_text(encoding="utf-8"), (weights.stat().st_atime, weights.stat().st_mtime)
+    weights.write_text(content.replace('"use_cache": false', '"use_cache": true'), encoding="utf-8")
+    try:
+        assert cut_again()
+    finally:
+        weights.write_text(content, encoding="utf-8")
+        os.utime(weights, times)
