@@ -363,8 +363,8 @@ def _items(name: str, lang: str, rows: list[RawRow]) -> tuple[list[Item], list[s
 def _check_languages(shown: str, items: list[Item], lang: str) -> None:
     """Refuse items that are not in the language asked for; a direction of translation has one on each side."""
     asked = ("context", "question", "premise", "hypothesis", "story", "source")
-    texts_of = [[" ".join(item[key] for key in asked if key in item) for item in items], [item["answers"][0] for item in items if "source" in item]]
-    for side, texts in zip(sides(lang), texts_of):
+    sources, targets = [" ".join(item[key] for key in asked if key in item) for item in items], [item["answers"][0] for item in items if "source" in item]
+    for side, texts in zip(sides(lang), (sources, targets)) if targets else [(lang, sources)]:
         if wrong := check_language(texts, side)[1]:
             raise ParamsError(f"{shown}: is to be in {side!r}, but {wrong}; give the file of that language")
 
@@ -383,7 +383,8 @@ def load_items(name: str, lang: str, params: EvalParams) -> list[Item]:
     """
     shown, found = _rows(name, lang, params)
     rows = to_nfc(found)
-    print(*(f"{shown}: {note}\n" for note in count_composed(found, rows)), sep="", end="")
+    for note in count_composed(found, rows):
+        print(f"{shown}: {note}")
     items, broken = _items(name, lang, rows)
     if len(broken) > (0 if params.source == "files" else BROKEN_SHARE * len(rows)):
         raise ParamsError(f"{shown}: {broken[0]}; correct or remove that row")

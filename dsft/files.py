@@ -218,7 +218,7 @@ def code_digest(paths: Iterable[str | Path]) -> str:
         sha.update(_without_comments(python_code(path)).encode())
     return sha.hexdigest()
 
-# %% ../nbs/00_files.ipynb #561a1520
+# %% ../nbs/00_files.ipynb #b4a8715c
 _YAML_TYPES = {"bool": "a truth value", "int": "a number", "float": "a number", "null": "nothing", "timestamp": "a date"}
 
 
@@ -236,7 +236,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_sequence_node(self, anchor):
         node = super().compose_sequence_node(anchor)
-        self._refuse("in a list,", [v for v in node.value if isinstance(v, yaml.ScalarNode) and v.tag.endswith(":bool") and v.value.lower() not in ("true", "false")])
+        truths = [value for value in node.value if value.tag.endswith(":bool")]
+        self._refuse("in a list,", [value for value in truths if value.value.lower() not in ("true", "false")])
         return node
 
     def _refuse(self, where: str, nodes: list[yaml.ScalarNode]) -> None:
