@@ -23,7 +23,7 @@ from babel import Locale
 from babel.core import get_global
 from langcodes import Language, closest_match
 
-# %% ../nbs/01_languages.ipynb #2c88be64
+# %% ../nbs/01_languages.ipynb #b8612155
 def is_tag(lang: str) -> bool:
     """Whether a text is a language tag (BCP 47), with hyphens or underscores."""
     try:
@@ -45,7 +45,7 @@ def language_name(lang: str) -> str:
     """The English name of a language, "Chinese" for zh or zh-Hant; the code itself where there is none."""
     return _ENGLISH_NAMES.get(base_code(lang), lang)
 
-# %% ../nbs/01_languages.ipynb #06780d1a
+# %% ../nbs/01_languages.ipynb #a9bd630a
 def sides(lang: str) -> tuple[str, ...]:
     """The two languages of a direction of translation, source and target; of a language only that one."""
     if lang.startswith("en-"):
@@ -55,10 +55,10 @@ def sides(lang: str) -> tuple[str, ...]:
 # %% ../nbs/01_languages.ipynb #0bf99766
 _SCRIPTS = {
     "Arab": "Arabic", "Aran": "Arabic", "Armn": "Armenian", "Beng": "Bengali", "Cher": "Cherokee", "Cyrl": "Cyrillic", "Deva": "Devanagari",
-    "Ethi": "Ethiopic", "Geor": "Georgian", "Grek": "Greek", "Gujr": "Gujarati", "Guru": "Gurmukhi", "Hang": "Hangul", "Hani": "Han", "Hans": "Han", "Hant": "Han", "Hebr": "Hebrew",
-    "Jpan": "Japanese", "Khmr": "Khmer", "Knda": "Kannada", "Kore": "Hangul", "Laoo": "Lao", "Latn": "Latin", "Mlym": "Malayalam", "Mymr": "Myanmar",
-    "Nkoo": "Nko", "Olck": "Ol_Chiki", "Orya": "Oriya", "Sinh": "Sinhala", "Syrc": "Syriac", "Taml": "Tamil", "Telu": "Telugu", "Tfng": "Tifinagh",
-    "Thaa": "Thaana", "Thai": "Thai", "Tibt": "Tibetan",
+    "Ethi": "Ethiopic", "Geor": "Georgian", "Grek": "Greek", "Gujr": "Gujarati", "Guru": "Gurmukhi", "Hang": "Hangul", "Hani": "Han", "Hans": "Han",
+    "Hant": "Han", "Hebr": "Hebrew", "Jpan": "Japanese", "Khmr": "Khmer", "Knda": "Kannada", "Kore": "Hangul", "Laoo": "Lao", "Latn": "Latin",
+    "Mlym": "Malayalam", "Mymr": "Myanmar", "Nkoo": "Nko", "Olck": "Ol_Chiki", "Orya": "Oriya", "Sinh": "Sinhala", "Syrc": "Syriac", "Taml": "Tamil",
+    "Telu": "Telugu", "Tfng": "Tifinagh", "Thaa": "Thaana", "Thai": "Thai", "Tibt": "Tibetan",
 }  # fmt: skip
 
 # %% ../nbs/01_languages.ipynb #5ffa815c
@@ -77,7 +77,7 @@ def is_unspaced(lang: str) -> bool:
     """Whether a language is written without spaces between its words; False where its script is not known."""
     return script_of(lang) in _UNSPACED
 
-# %% ../nbs/01_languages.ipynb #291226a4
+# %% ../nbs/01_languages.ipynb #b68e2530
 @cache
 def _nearest(lang: str, known: tuple[str, ...], any_script: bool) -> str | None:
     if lang in known:
@@ -91,7 +91,7 @@ def nearest(lang: str, known: Iterable[str], any_script: bool = False) -> str | 
     """The one of some codes that means `lang`, None where none does; in its script unless `any_script`."""
     return _nearest(lang, tuple(known), any_script)
 
-# %% ../nbs/01_languages.ipynb #e258c8cd
+# %% ../nbs/01_languages.ipynb #0f80a821
 def nearest_file(folder: Path, pattern: str, lang: str, any_script: bool = False) -> Path | None:
     """The file in a folder with `nearest`'s code for `lang` in the place of {lang} (the same one wherever that stands), None where there is none."""
     first, *rest = map(regex.escape, pattern.split("{lang}"))
@@ -100,7 +100,7 @@ def nearest_file(folder: Path, pattern: str, lang: str, any_script: bool = False
     codes = {match["lang"] if rest else lang: path for path, match in found if match}
     return codes.get(nearest(lang, codes, any_script))
 
-# %% ../nbs/01_languages.ipynb #54581207
+# %% ../nbs/01_languages.ipynb #a91713ab
 _VARIETIES = dict(
     pair.split(":")
     for pair in "ar:arb az:azj fa:pes ku:kmr lv:lvs mg:plt mn:khk ms:zsm nb:nob ne:npi no:nob om:gaz or:ory ps:pbt qu:quy sq:als sw:swh uz:uzn yi:ydd".split()
@@ -115,7 +115,7 @@ def flores_code(lang: str) -> str:
     except LookupError:
         return lang
 
-# %% ../nbs/01_languages.ipynb #05446875
+# %% ../nbs/01_languages.ipynb #966099a8
 def to_nfc(value: Any) -> Any:
     """A text in Unicode's composed form, or a list or dict with its texts in it; other values as they are."""
     if isinstance(value, str):
@@ -182,7 +182,7 @@ def judge_script(texts: list[str], lang: str) -> tuple[str, str]:
     likely = max(sorted(_LETTERS.keys() - {"Japanese"}), key=lambda script: count_letters(text, script))
     return seen, f"only {seen}; the letters are mostly {likely}"
 
-# %% ../nbs/01_languages.ipynb #565facbd
+# %% ../nbs/01_languages.ipynb #c382f2d0
 def _alphabet(entry: str) -> dict[str, float]:
     """Letter -> its share of the letters of a text, from an entry of the file; letters before one number share it."""
     parts = regex.findall(r"([^\d\s.]+)([\d.]*)", entry)
@@ -196,7 +196,7 @@ def _read_alphabets() -> dict[str, dict[str, float]]:
 
 ALPHABETS = _read_alphabets()
 
-# %% ../nbs/01_languages.ipynb #3b1b0da3
+# %% ../nbs/01_languages.ipynb #7757b323
 @cache
 def _rivals(lang: str) -> dict[str, dict[str, float]]:
     """The alphabets of the languages that share the script of one of them, its own included."""
@@ -215,7 +215,7 @@ def _telling_letters(code: str, other: str) -> frozenset[str]:
     """The letters that a language has ten times as often as another one, or more."""
     return frozenset(letter for letter, share in ALPHABETS[code].items() if share > 10 * ALPHABETS[other].get(letter, 0))
 
-# %% ../nbs/01_languages.ipynb #9b8dc0f6
+# %% ../nbs/01_languages.ipynb #74ac50e5
 _STRANGE_ROW, _STRANGE_TABLE = 1 / 200, 1 / 5
 _TOLD_BY = 1 / 250  # telling letters that are rarer than that tell nothing
 
@@ -251,7 +251,7 @@ def _missing(spelling: Spelling, code: str, other: str) -> bool:
     """Whether the letters that tell a language from another are missing in texts."""
     return _expected(code, other, spelling.total) > 5 + 3 * spelling.count(_telling_letters(code, other))
 
-# %% ../nbs/01_languages.ipynb #3840ddb2
+# %% ../nbs/01_languages.ipynb #6d0b09bc
 def _not_told_apart(code: str, total: int) -> list[str]:
     """The names of the languages that a table in the language of `code`, of so many letters, might as well be in."""
     strange = _strange_letters(code)
@@ -278,7 +278,7 @@ def _likeliest(spelling: Spelling, code: str) -> str:
     best = max(likelihood, key=likelihood.get)
     return f"; it looks like {_named(best)}" if best != code and any(ALPHABETS[best].values()) else ""
 
-# %% ../nbs/01_languages.ipynb #e5200abe
+# %% ../nbs/01_languages.ipynb #518de6d0
 def judge_letters(texts: list[str], lang: str) -> tuple[str, str]:
     """Judge by the letters that tell languages of one script apart: (what was seen, what is wrong).
 
