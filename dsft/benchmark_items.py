@@ -391,8 +391,8 @@ def asked_text(item: Item) -> str:
 
 def _check_languages(shown: str, items: list[Item], lang: str) -> None:
     """Refuse items that are not in the language asked for; a direction of translation has one on each side."""
-    texts_of = [[asked_text(item) for item in items], [item["answers"][0] for item in items if "source" in item]]
-    for side, texts in zip(sides(lang), texts_of):
+    sources, targets = [asked_text(item) for item in items], [item["answers"][0] for item in items if "source" in item]
+    for side, texts in zip(sides(lang), (sources, targets)) if targets else [(lang, sources)]:
         if wrong := check_language(texts, side)[1]:
             raise ParamsError(f"{shown}: is to be in {side!r}, but {wrong}; give the file of that language")
 
@@ -420,7 +420,8 @@ def load_items(name: str, lang: str, params: EvalParams, split: str | None = Non
     if not found:
         raise ParamsError(f"{shown}: holds no rows; get it again")
     rows = to_nfc(found)
-    print(*(f"{shown}: {note}\n" for note in count_composed(found, rows)), sep="", end="")
+    for note in count_composed(found, rows):
+        print(f"{shown}: {note}")
     items, broken = _items(name, lang, rows)
     if len(broken) > (0 if params.source == "files" else BROKEN_SHARE * len(rows)):
         raise ParamsError(f"{shown}: {broken[0]}; correct or remove that row")

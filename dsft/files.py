@@ -376,7 +376,7 @@ def made_by(path: str | Path, recipes: Iterable[str] = ()) -> tuple[str, dict[st
         modules = sorted({*modules, wing, *import_closure(wing, without=[f"{PACKAGE}.recipes"])})
     return code_digest([path, *modules]), contents(package_data(modules))
 
-# %% ../nbs/00_files.ipynb #561a1520
+# %% ../nbs/00_files.ipynb #b4a8715c
 _YAML_TYPES = {"bool": "a truth value", "int": "a number", "float": "a number", "null": "nothing", "timestamp": "a date"}
 
 
@@ -394,7 +394,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_sequence_node(self, anchor):
         node = super().compose_sequence_node(anchor)
-        self._refuse("in a list,", [v for v in node.value if isinstance(v, yaml.ScalarNode) and v.tag.endswith(":bool") and v.value.lower() not in ("true", "false")])
+        truths = [value for value in node.value if value.tag.endswith(":bool")]
+        self._refuse("in a list,", [value for value in truths if value.value.lower() not in ("true", "false")])
         return node
 
     def _refuse(self, where: str, nodes: list[yaml.ScalarNode]) -> None:

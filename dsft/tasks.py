@@ -44,7 +44,7 @@ def _answers(doc: dict[str, Any]) -> list[str]:
 
 # %% ../nbs/23_tasks.ipynb #deb952af
 def f1_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """lm-eval `process_results`: the F1 in [0, 1] of one generated answer, by the MLQA scorer of the row's language, or SQuAD's where that has no rules (see `f1_script`)."""
+    """lm-eval `process_results`: the F1 in [0, 1] of one generated answer, by the MLQA scorer of the row's language, or SQuAD's where that has no rules."""
     return {"f1": f1(results[0], _answers(doc), doc["lang"], scorer=f1_script("xquad", doc["lang"]))}
 
 # %% ../nbs/23_tasks.ipynb #e182b8a6

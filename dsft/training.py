@@ -105,15 +105,16 @@ def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, nu
     Raises `ParamsError` when more than `data.max_dropped` of the prompts leave no room for an answer.
     """
     (rows, report), longest = training_rows(run, stage), row_length(run)
+    by_model = longest < run.study.data.max_length
+    bound, remedy = (f"models.{run.model}: {longest} positions", "take a longer model") if by_model else (f"data.max_length = {longest}", "raise it")
     examples = tokenize(rows, tokenizer, longest, keep=("id",), report=report)
     report["tokens"]["branches cut"] = row_limits(stage.supervisions, longest).check(examples)
     file = run.training_folder / "data_report.json"
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | {f"stage {number}": report} if number > 1 else report)
     lost, limit = 1 - len(examples) / len(rows), run.study.data.max_dropped
     if lost > limit:
-        bound = f"data.max_length = {longest}" if longest == run.study.data.max_length else f"models.{run.model}: {longest} positions"
         what = f"{bound}: {len(rows) - len(examples)} of {len(rows)} prompts leave no room for an answer"
-        raise ParamsError(f"{what}, more than data.max_dropped = {limit:g}; raise one of the two")
+        raise ParamsError(f"{what}, more than data.max_dropped = {limit:g}; {remedy}, or raise data.max_dropped")
     return rows, examples
 
 # %% ../nbs/20_training.ipynb #7a24d864

@@ -385,3 +385,59 @@ def test_the_probe_notices_wrong_packing(monkeypatch, dtype, defect):
 def test_layer_out_of_range(llama, layer):
     with pytest.raises(ValueError, match=rf"layer '?{layer}'? .*1..{LAYERS}"):
         dsft_loss(llama, collate(examples(), 0), [replace(LC, layer=layer)])
+
+
+@pytest.mark.parametrize("update", ["hidden", "weight", "both"])
+def test_float16_gradients_are_divided_before_they_are_cast(update):
+    """One large dimension of the state and a label in two alike: the sum over the tokens is far beyond float16, their mean is not."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(8192, 64), torch.randn(500, 64) * 0.02, torch.randint(500, (8192,))
+    hidden[:, 0], weight[:, 0], labels[:4096] = 30.0, weight[:, 0] * 0.01, 5
+    gradients = []
+    for mean in (lambda h, w: F.cross_entropy(F.linear(h, w).float(), labels), lambda h, w: summed_nll(h, w, labels) / len(labels)):
+        inputs = [hidden.clone().requires_grad_(update != "weight"), weight.clone().requires_grad_(update != "hidden")]
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = mean(*inputs)
+        (loss * 1024).backward()
+        gradients.append([t.grad for t in inputs if t.grad is not None])
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32 and torch.isfinite(ours).all()
+        assert (ours - theirs).norm() < 2e-3 * theirs.norm()
+
+
+def test_float16_of_the_model_itself():
+    """Without autocast, too; a gradient of one token keeps what float16 has no number for until the loss scale has raised it."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(8, 16), torch.randn(50, 16) * 0.1, torch.randint(50, (8,))
+    half = [t.half().requires_grad_() for t in (hidden, weight)]
+    whole = [t.half().float().requires_grad_() for t in (hidden, weight)]
+    for scale in (1.0, 2.0**14):
+        ours, exact = (torch.autograd.grad(summed_nll(*inputs, labels) / 8 * scale, inputs) for inputs in (half, whole))
+        for one, other in zip(ours, exact):
+            assert one.dtype == torch.float16
+            torch.testing.assert_close(one.float(), other, rtol=4e-3, atol=1e-3 * scale / 8)
+
+
+def test_what_bf16_and_fp32_gave_they_give():
+    """The order of operations: in bf16 the sums are cast, then divided; in fp32 nothing is cast."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(40, 16), torch.randn(50, 16), torch.randint(50, (40,))
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+        summed = torch.autograd.grad(summed_nll(*inputs, labels), inputs)
+        mean = torch.autograd.grad(summed_nll(*inputs, labels) / 7, inputs)
+        for one, other in zip(mean, summed):
+            assert torch.equal(one, other * torch.tensor(1 / 7).to(dtype))
+
+
+def test_a_row_beyond_the_positions_is_refused():
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TINY, max_position_embeddings=20))
+    row = {"x_tgt": [5] * 12, "y_tgt": [5] * 8, "x_en": [6] * 8, "y_en": [7] * 8}
+    assert torch.isfinite(dsft_loss(model, collate([TokenizedExample(**row)], 0), SETS["logits"])["loss"])
+    for field, supervisions in (("y_tgt", []), ("x_en", SETS["logits"]), ("y_en", SETS["logits"])):
+        longer = collate([TokenizedExample(**row | {field: [5] * 9})], 0)
+        with pytest.raises(ValueError, match=rf"x_tgt \+ {field} has 21 tokens, but LlamaForCausalLM has 20 positions"):
+            dsft_loss(model, longer, supervisions)
+    wide = collate([TokenizedExample(**row | {"x_en": [6] * 19}), TokenizedExample(*([5] * 1,) * 4)], 0)
+    assert torch.isfinite(dsft_loss(model, wide, SETS["feature"])["loss"])  # x_en by itself fits

@@ -1,18 +1,23 @@
 """DSFTTrainer: what it optimises, what it logs, that it resumes, and that it refuses to train on less than asked for."""
 
+import json
+from math import isfinite
+
 import pytest
 import tiny
 import torch
 import transformers
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from dsft.data import TokenizedExample, collate
-from dsft.files import ParamsError
+from dsft.data import TokenizedExample, collate, parallel_rows
+from dsft.files import ParamsError, write_json
+from dsft.generation import greedy_answers, load_base
 from dsft.losses import dsft_loss, join
 from dsft.methods import METHODS, Method
-from dsft.study import load_study
+from dsft.study import Study, load_study
 from dsft.trainer import DSFTTrainer
-from dsft.training import Checkpoints, last_complete_checkpoint, training_arguments
+from dsft.training import Checkpoints, fine_tune, last_complete_checkpoint, training_arguments
 
 NAMES = ("loss", "tft", "lc", "et")
 
@@ -230,7 +235,7 @@ def test_a_training_that_was_done_is_still_told(tmp_path):
     arguments = dict(max_steps=3, logging_steps=10, save_strategy="steps", save_steps=3)
     once, again = (tiny.trainer(tmp_path, **arguments) for _ in range(2))
     once.train()
-    again.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert tiny.largest_difference(once.model.state_dict(), again.model.state_dict()) == 0
     assert again.state.global_step == 3 and [log["step"] for log in training_logs(again)] == [3]
     assert any("train_runtime" in log for log in again.state.log_history)
@@ -257,3 +262,48 @@ def test_a_checkpoint_without_one_of_its_weights_is_an_error(tmp_path, tied, cha
     with pytest.raises(ParamsError, match=f"the checkpoint in .* {words[change]}; remove it") as error:
         again.train(resume_from_checkpoint=str(file.parent))
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def few_positions(tmp_path_factory) -> Study:
+    """A study on a GPT-2 of 40 positions, which the branches of some examples pass and their prompts and answers do not."""
+    base = tmp_path_factory.mktemp("base")
+    transformers.AutoTokenizer.from_pretrained(ROOT / "models" / "micro-llama").save_pretrained(base)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=6144, n_positions=40, n_embd=32, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(base)
+    return Study(
+        name="few",
+        models={"gpt2": {"path": str(base)}},
+        languages=["zh"],
+        methods=["tft", "lc_logits", "dsft_feature"],
+        layers={"i": 1, "j": 2},
+        data={"items": 32, "max_length": 256, "max_dropped": 0.9},
+        train={"max_steps": 2, "batch_size": 8, "per_device_batch_size": 8, "bf16": False},
+        runs=str(tmp_path_factory.mktemp("runs")),
+    )
+
+
+@pytest.mark.parametrize("method", ["tft", "lc_logits", "dsft_feature"])
+def test_a_study_on_a_model_of_few_positions(few_positions, method):
+    run = few_positions.run("gpt2", "zh", method, 0)
+    write_json(run.layers_file, {"i": 1, "j": 2})
+    trainer = fine_tune(run)
+    assert trainer.state.global_step == 2 and all(map(isfinite, losses(training_logs(trainer)[0])))
+    told = json.loads((run.training_folder / "data_report.json").read_text())["tokens"]
+    longer = sum(len(row["x_tgt"]) + len(row["x_en"]) > 40 for row in trainer.train_dataset)
+    assert told["max_length"] == 40 and told["branches cut"] == ({"x_en": longer} if method == "lc_logits" else {}) and longer > 0
+    assert max(len(row["x_tgt"]) + len(row["y_tgt"]) for row in trainer.train_dataset) <= 40
+    assert set(trainer.train_dataset["id"]) <= {row["id"] for row in parallel_rows(few_positions.data, "zh")[0]}
+
+
+def test_prompts_longer_than_the_model_are_told(few_positions, monkeypatch):
+    monkeypatch.setattr("dsft.training.max_positions", lambda config: 12)
+    study = few_positions.model_copy(update={"data": few_positions.data.model_copy(update={"max_dropped": 0.01})})
+    with pytest.raises(ParamsError, match=r"models\.gpt2: 12 positions: \d+ of 32 prompts leave no room for an answer, more than data.max_dropped = 0.01; take a longer model"):
+        fine_tune(study.run("gpt2", "zh", "tft", 0))
+
+
+def test_prompts_of_a_generation_stay_within_the_positions(few_positions):
+    model, tokenizer = load_base(few_positions.run("gpt2", "zh", "tft", 0))
+    assert greedy_answers(model, tokenizer, ["word " * 100, "a"], "\n", 8)[1] == greedy_answers(model, tokenizer, ["a"], "\n", 8)[0]
