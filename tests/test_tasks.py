@@ -750,6 +750,21 @@ def test_what_is_asked_for_bits_changes_no_other_score(tmp_path, small):
         assert [row for row in found if row["dataset"] != "instructions"] == others and len(found) > len(others)
 
 
+def test_the_right_answer_is_scored_after_the_prompt_that_is_answered(data_dir, tmp_path, in_bytes, monkeypatch):
+    """With the same examples in front of it, where there are examples."""
+    prompts = {}
+    run = tasks.simple_evaluate
+
+    def listening(*arguments, **options):
+        results = run(*arguments, **options)
+        prompts.update({name: [s["arguments"][0][0] for s in sorted(samples, key=lambda s: s["doc_id"])] for name, samples in results["samples"].items()})
+        return results
+
+    monkeypatch.setattr(tasks, "simple_evaluate", listening)
+    tasks.evaluate(*in_bytes, with_alpaca(study_on(data_dir, tmp_path, "xquad", max_new_tokens=2, num_fewshot=1)), ("zh",))
+    assert prompts["xquad_zh"] == prompts["xquad_zh_gold"] and all(prompt.count("### Response:") == 2 for prompt in prompts["xquad_zh"])
+
+
 # ---- held-out instructions
 def test_held_out_instructions_are_scored_in_both_languages(tmp_path, in_bytes):
     study = with_data(load_study("smoke").model_copy(update={"runs": str(tmp_path)}), items=200, held_out=6)
