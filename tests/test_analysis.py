@@ -210,7 +210,7 @@ def test_a_rule_without_its_premise_is_marked(project, monkeypatch):
     """In figure 2 and the tables, in what was supervised at its layers."""
     shown = analyse(with_rule(project, **MEASURED, falls_twice=False), "figure2", "ruled")
     assert "chosen by the entropy rule, **what it rests on does not hold here (†)**" in shown
-    assert "Asked for facts, layer 2 has the English answer likeliest, 0.300, its own at 0.020; the last layer 0.100 and 0.400." in shown
+    assert "Asked in Chinese, the English answer is likeliest at layer 2, 0.300, where its own has 0.020; at the last layer they have 0.100 and 0.400." in shown
     shown = analyse(project, "table2", "ruled")
     note = "†: supervised at layers i and j whose rule has no ground in this model and language (m, zh)"
     assert "| m | DSFT-logits | **70.0 ± 0.0** ▲ † |" in shown and "| m | TFT | 60.0 ± 0.0 |" in shown and note in shown
