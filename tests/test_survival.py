@@ -74,17 +74,18 @@ def killed(tmp_path_factory) -> tuple[Path, dict]:
     """A small study undisturbed and killed at three points; its folder and the report."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
-    three = [Point("training", 0.2, everything=False), Point("checkpoint", 0.2, everything=True), Point("evaluation", 0.2, everything=True)]
+    three = [Point("training", 0.2, everything=False), Point("checkpoint", 0.0, everything=True), Point("evaluation", 0.2, everything=True)]
     return folder, study_faults(str(folder / "small.yaml"), folder, three, snakemake)
 
 
 def test_a_study_killed_three_times_leaves_the_same_to_the_bit(killed):
     folder, report = killed
-    assert [kill["phase"] for kill in report["kills"]] == ["training", "checkpoint", "evaluation"]
-    assert any("dsft_feature" in path for path in report["kills"][1]["writing"])
+    hit = {kill["phase"]: kill for kill in report["kills"]}
+    assert hit.keys() == {"training", "checkpoint", "evaluation"} and not report["not_hit"]
+    assert all("dsft_feature" in path for path in hit["checkpoint"]["writing"])
     assert all(not found["different"] for found in report["compared"].values()), report["compared"]
-    assert report["compared"]["weights"]["files"] == 3 and report["compared"]["metrics"]["files"] == 2 and report["compared"]["tables"]["files"] >= 5
-    log = read_rows(folder / "disturbed" / "runs" / "small" / "m" / "zh" / "dsft_feature" / "seed0" / "train_log.jsonl")
+    assert {kind: found["files"] // report["passes"] for kind, found in report["compared"].items()} == {"weights": 3, "metrics": 2, "samples, logs and reports": 12, "tables": 6, "figures": 0}
+    log = read_rows(folder / "disturbed1" / "runs" / "small" / "m" / "zh" / "dsft_feature" / "seed0" / "train_log.jsonl")
     assert [entry["step"] for entry in log] == [*range(1, 9)] and log[-1]["loss_lc"] > 0
 
 
@@ -100,7 +101,7 @@ def test_points_are_drawn_by_their_seed_in_every_phase():
 
 
 def test_a_trained_model_whose_bytes_flip_is_not_evaluated(killed):
-    folder = killed[0] / "disturbed"
+    folder = killed[0] / "disturbed1"
     run = load_study(folder / "small.yaml").run("m", "zh", "dsft_feature", 0)
     run.check_trained()
     assert subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=run.trained).returncode == 0
