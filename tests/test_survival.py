@@ -30,7 +30,10 @@ from dsft.checks import check
 from dsft.data import parallel_pairs
 from dsft.files import SUMS, ParamsError, clear_temporary, damage, digest, exclusive, hold, python_code, read_rows, replacing, seal, write_json, write_jsonl, writing
 from dsft.generation import resumable_map
+from dsft.report import headline
+from dsft.results import check_records
 from dsft.study import Run, Study, load_study
+from dsft.tasks import write_tasks
 from dsft.training import Checkpoints, fine_tune, last_complete_checkpoint, save_training
 
 ROOT = Path(__file__).parents[1]
@@ -339,6 +342,29 @@ def test_an_edit_that_keeps_size_and_time_of_a_file_is_seen(on_files):
     assert file.stat().st_size == times.st_size and file.stat().st_mtime_ns == times.st_mtime_ns
     after = parallel_pairs(on_files.data, "zh")[0]
     assert [pair.target["output"] for pair in after] == [pair.target["output"].replace("那是", "这是") for pair in before]
+
+
+@pytest.mark.parametrize(("part", "changes"), [("train", {"learning_rate": 0.5}), ("evaluation", {"items": 7}), ("data", {"items": 8})])
+def test_runs_of_another_time_are_not_counted(killed, part, changes):
+    """As after the run folder came from another machine, without Snakemake's notes: nothing would be made again."""
+    file = killed[0] / "undisturbed" / "small.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    check_records(load_study(file))
+    try:
+        file.write_text(yaml.safe_dump(content | {part: content[part] | changes}), encoding="utf-8")
+        with pytest.raises(ParamsError, match=rf"seed0: made from other inputs than are there now \({part}\); delete it and have it made again"):
+            check_records(load_study(file))
+        with pytest.raises(SystemExit, match="dsft: .*seed0: made from other inputs"):
+            headline(str(file))
+    finally:
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def test_evaluations_that_ask_in_another_way_at_the_same_time_have_files_of_their_own(tmp_path):
+    study = small(tmp_path)
+    longer = study.model_copy(update={"evaluation": study.evaluation.model_copy(update={"max_new_tokens": 99})})
+    folders = [write_tasks(*asked)[0].folder for asked in ((study, "zh", ""), (study, "zh", " "), (longer, "zh", ""), (study, "zh", ""))]
+    assert len(set(folders)) == 3 and folders[0] == folders[3]
 
 
 # ---- answers
