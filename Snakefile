@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from dsft.files import contents, digest, located, made_by
+from dsft.files import ParamsError, contents, digest, located, made_by, writing
 from dsft.kernels import start_server
 from dsft.metrics import INSTRUCTIONS
 from dsft.study import load_study
@@ -91,10 +91,13 @@ ANALYSES = {name: written for name, written in ANALYSES.items() if POSSIBLE.get(
 
 # One study at a time: the lock goes when the process goes, however it dies (Snakemake's own lock stays behind a kill).
 if workflow.is_main_process and not workflow.dryrun:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = open(f"{folder}/.lock", "w")
     try:
+        with writing(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            lock = open(f"{folder}/.lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ParamsError as error:
+        sys.exit(f"dsft: {error}")
     except BlockingIOError:
         sys.exit(f"dsft: study {study.name} is already running (it holds {folder}/.lock); wait for it or stop it")
 

@@ -68,7 +68,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         error = error.__cause__ or error.__context__
 
-# %% ../nbs/00_files.ipynb #2acfb572
+# %% ../nbs/00_files.ipynb #6f8b3e73
 _OBSTACLES = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
@@ -92,7 +92,7 @@ def _obstacle(error: BaseException, path: Path) -> str:
     full = shutil.disk_usage(there).free < 2**16 or "PytorchStreamWriter" in str(error)
     return _OBSTACLES[errno.ENOSPC] if full else ""
 
-# %% ../nbs/00_files.ipynb #ffd35a9e
+# %% ../nbs/00_files.ipynb #c3273697
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Write `path`, a file or a folder, in this block. Raises `ParamsError`, one line, when the disk is full or may only be read."""
@@ -139,7 +139,7 @@ def _move(source: Path, target: Path) -> None:
     else:
         source.replace(target)
 
-# %% ../nbs/00_files.ipynb #61458672
+# %% ../nbs/00_files.ipynb #112bbfd4
 def clear_temporary(path: str | Path) -> None:
     """Remove what processes that were killed while they were `replacing` `path` have left beside it; to be called under a lock on it."""
     for left in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*"):
@@ -182,7 +182,7 @@ def exclusive(work: str | Path) -> FileLock:
         work.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(work.with_name(f".{work.name}.lock"))
 
-# %% ../nbs/00_files.ipynb #fa869580
+# %% ../nbs/00_files.ipynb #1ba9e658
 PATIENCE = 30.0  # seconds
 
 
@@ -230,13 +230,13 @@ def contents(paths: list[Path]) -> dict[str, str]:
     """Path (relative to the project) -> SHA-256 of the file's content, for those that are there."""
     return {os.path.relpath(path, project_root()): digest(path) for path in paths if path.is_file()}
 
-# %% ../nbs/00_files.ipynb #cc4d357a
+# %% ../nbs/00_files.ipynb #2b42dfe8
 def _sums(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of each file in a folder, hidden ones and SHA256SUMS left out."""
+    """Relative path -> SHA-256 of each file in a folder; hidden ones, the README and SHA256SUMS are left out."""
     sums = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder)
-        if name.name != SUMS and not any(part.startswith(".") for part in name.parts):
+        if name.name not in ("README.md", SUMS) and not any(part.startswith(".") for part in name.parts):
             with file.open("rb") as content:
                 sums[name.as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
     return sums
@@ -248,7 +248,7 @@ def seal(folder: str | Path) -> None:
     with replacing(Path(folder) / SUMS) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
 
-# %% ../nbs/00_files.ipynb #8202e847
+# %% ../nbs/00_files.ipynb #b710eb4e
 def damage(folder: str | Path) -> str:
     """What is wrong with a folder that should be sealed, the first thing found; "" when it is as it was then."""
     file = Path(folder) / SUMS
@@ -367,7 +367,7 @@ def code_digest(paths: Iterable[str | Path]) -> str:
         sha.update(_without_comments(python_code(path)).encode())
     return sha.hexdigest()
 
-# %% ../nbs/00_files.ipynb #0c5ee119
+# %% ../nbs/00_files.ipynb #f7c0812a
 def made_by(path: str | Path, recipes: Iterable[str] = ()) -> tuple[str, dict[str, str]]:
     """The digest of the code of a notebook or module and of all of this package that it imports, and the content of the package's data that these read."""
     modules = import_closure(path, without=[f"{PACKAGE}.recipes"])
@@ -447,7 +447,7 @@ def provenance(command: str, started: float, **more: Any) -> dict[str, Any]:
         **more,
     }
 
-# %% ../nbs/00_files.ipynb #19ba755c
+# %% ../nbs/00_files.ipynb #0c7602ee
 def check_made_from(result: str | Path, record: dict[str, Any], **now: Any) -> None:
     """Refuse `result` when its provenance tells of other inputs than `now`; what it does not tell of is not compared. Raises `ParamsError`, one line."""
     if changed := [name for name, value in now.items() if record.get(name, value) != value]:

@@ -21,7 +21,7 @@ from fastcore.script import call_parse
 from .files import ParamsError, replacing
 from .methods import Method
 from .metrics import BITS, EVERY_BENCHMARK, direction, metric_of
-from .results import CELL, controls, finished_runs, in_order, in_percent, load_item_scores, load_results, on_target, titles, write_csv
+from .results import CELL, check_records, controls, finished_runs, in_order, in_percent, load_item_scores, load_results, on_target, titles, write_csv
 from .statistics import compare
 from .study import Study, load_study
 
@@ -276,6 +276,10 @@ def headline(
     "Print a study's main tables and where its tables and figures are"
     loaded = load_study(study)
     folder = loaded.figures_folder()
+    try:
+        check_records(loaded)
+    except ParamsError as error:
+        raise SystemExit(f"dsft: {error}") from None
     tables = [folder / f"{name}.md" for name in ("table1", "table2")]
     for table in tables:
         print(table.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ __all__ = ['REMEDY', 'METHOD_COLUMNS', 'LAYER_COLUMNS', 'RESULT_COLUMNS', 'ITEM_
            'RuleChoice', 'LayerEntropy', 'write_result', 'read_result', 'read_of_run', 'finished_runs', 'with_methods',
            'controls', 'titles', 'with_layers', 'load_results', 'load_item_scores', 'in_percent', 'in_bits',
            'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside', 'write_csv', 'write_items', 'on_target',
-           'in_order', 'write_provenance']
+           'in_order', 'check_records', 'write_provenance']
 
 # %% ../nbs/24_results.ipynb #f55a638d
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from .files import ParamsError, replacing, write_json
+from .files import ParamsError, check_made_from, replacing, write_json
 from .languages import sides
 from .methods import METHODS, Method
 from .metrics import BITS, EVERY_BENCHMARK, metric_of
@@ -423,17 +423,26 @@ def _values(steps: list[dict[str, Any]], field: str) -> list:
     """The different values of a field in the steps that have it."""
     return sorted({step[field] for step in steps if field in step})
 
+# %% ../nbs/24_results.ipynb #cd3f3127
+def check_records(study: Study) -> list[dict[str, Any]]:
+    """The records of all finished runs. Raises ParamsError, one line, for one that was trained on other data, or trained or evaluated with other settings, than the study says."""
+    evaluation, records = study.evaluation.model_dump(mode="json"), []
+    for run in finished_runs(study):
+        records.append(record := _record(run))
+        check_made_from(run.folder, record, evaluation=evaluation)
+        check_made_from(run.folder, (record.get("model") or {}).get("inputs", {}), **run.inputs)
+    return records
+
 # %% ../nbs/24_results.ipynb #a0f80d0f
 def write_provenance(study: Study) -> dict:
     """Write figures/<study>/provenance.json from the provenance.json of every run, and return it.
 
     A run's record tells of its evaluation and, under `model`, of the training before it; `seconds` adds up both. `results_sha256`
     is the SHA-256 of the results.csv beside it. Without run folders the committed file is returned as it is. Raises
-    FileNotFoundError when there is neither, or when a run lacks its record.
+    FileNotFoundError when there is neither, or when a run lacks its record, and ParamsError as `check_records` does.
     """
     folder = study.figures_folder()
-    records = [_record(run) for run in finished_runs(study)]
-    if not records:
+    if not (records := check_records(study)):
         return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     steps = [step for record in records for step in (record, record.get("model")) if step]
     steps = list({json.dumps(step): step for step in steps}.values())  # several runs evaluate the same base

@@ -356,7 +356,8 @@ def inputs(self: Run) -> dict[str, Any]:
     method = self.method.model_dump(mode="json", include={"start", "stages", "items"})
     base = self.study.models[self.model].model_dump(mode="json")
     files = self.data_files | contents([project_root() / launch] if (launch := self.study.train.launch) else [])
-    return self.key | {"lang": self.training_lang, "training": method, "base": base} | parts | {"recipes": self._recipe_options, "files": files}
+    inputs = self.key | {"lang": self.training_lang, "training": method, "base": base} | parts | {"recipes": self._recipe_options, "files": files}
+    return json.loads(json.dumps(inputs))
 
 
 @patch(as_prop=True)
@@ -423,7 +424,7 @@ def require_inputs(self: Run) -> None:
         self.require("recipe_rows", self.recipe_rows)
     self.check_inputs()
 
-# %% ../nbs/10_study.ipynb #ae5cf109
+# %% ../nbs/10_study.ipynb #c1757a78
 @patch
 def alone(self: Run, notebook: str) -> FileLock:
     """The lock on what a notebook of nbs/experiments makes for this run, taken (`dsft.files.hold`)."""
@@ -450,7 +451,7 @@ def check_trained(self: Run) -> None:
     check_intact(self.trained)
     if self.method.stages and (record := Path(self.trained) / "provenance.json").is_file():
         told = json.loads(record.read_text(encoding="utf-8"))
-        check_made_from(self.trained, told.get("inputs", {}), **json.loads(json.dumps(self.inputs)))
+        check_made_from(self.trained, told.get("inputs", {}), **self.inputs)
         check_made_from(self.trained, told, **({"base_sha256": sha} if (sha := digest(self.start_model)) else {}))
 
 # %% ../nbs/10_study.ipynb #9cc6be95

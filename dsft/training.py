@@ -117,7 +117,7 @@ def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, nu
         raise ParamsError(f"{what}, more than data.max_dropped = {limit:g}; {remedy}, or raise data.max_dropped")
     return rows, examples
 
-# %% ../nbs/20_training.ipynb #7a24d864
+# %% ../nbs/20_training.ipynb #edb3a541
 def _checkpoints(directory: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>` in a directory, the newest first."""
     steps = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in Path(directory).glob("checkpoint-*")}
@@ -203,8 +203,9 @@ def _note_origin(run: Run, rows: Dataset, folders: Sequence[str], number: int) -
     """Write down what a stage is trained on, beside its checkpoints. Raises `ParamsError` when an input has been edited since `folders` were named after them."""
     if not all(Path(folder).is_relative_to(run.checkpoints) for folder in folders):
         raise ParamsError(f"{run.training_folder}: an input was edited while this training went on; start it again")
-    origin = {"inputs": run.inputs, "base_sha256": digest(run.start_model), "data_sha256": rows_digest(rows)}
-    write_json(run.checkpoints / f"stage{number}-origin.json", origin)
+    if PartialState().is_main_process:
+        origin = {"inputs": run.inputs, "base_sha256": digest(run.start_model), "data_sha256": rows_digest(rows)}
+        write_json(run.checkpoints / f"stage{number}-origin.json", origin)
 
 
 def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrainer:

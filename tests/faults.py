@@ -1,8 +1,9 @@
 """`make faults`: a study that is killed again and again leaves what an undisturbed one leaves.
 
-The study runs once undisturbed. Then it is started and killed (SIGKILL) at a random moment of a job of some phase, started again and killed in the next, until all points are used up,
-and once more to its end. Nothing is unlocked or cleaned up in between. At last all weights, metrics and tables are compared, to the bit. Half of the kills hit every process at once, the
-server of kernels and its notebooks included, as a machine that goes down does; the other half hits the process group of `make` alone, and the study is started again while the rest is still ending.
+The study runs once undisturbed. Then it is started and killed (SIGKILL) at a random moment of some phase, started again and killed again, ... and at last runs to its end. Where that end comes
+before all points are used up, the rest disturbs the study once more from its beginning. Nothing is unlocked or cleaned up in between. All weights, metrics and tables are compared, to the bit. Half of
+the kills hit every process at once, the server of kernels and its notebooks included, as a machine that goes down does; the other half hits the process group of `make` alone, and the study is started again while
+the rest is still ending.
 
     python tests/faults.py [--study smoke] [--seed 0] [--points 24] [--folder runs/faults]
 
@@ -31,8 +32,24 @@ from dsft.settings import read_settings
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # as if no `make` ran around it
-# Phase -> the notebook that is at work in it, and its share of the points, in the order of a study.
-PHASES = {"pretraining": ("pretrain", 5), "layers": ("select_layers", 1), "training": ("train", 6), "checkpoint": ("train", 4), "evaluation": ("evaluate", 5), "analysis": ("analysis", 3)}
+
+
+class Phase(NamedTuple):
+    """A part of a study."""
+
+    notebook: str  # which is at work in it
+    share: int  # of the points, in parts of 24
+    window: float  # the kill comes in this first part of a job; what goes on from a checkpoint has less to do each time
+
+
+PHASES = {  # in the order of a study
+    "pretraining": Phase("pretrain", 5, 0.25),
+    "layers": Phase("select_layers", 1, 0.8),
+    "training": Phase("train", 6, 0.6),
+    "checkpoint": Phase("train", 4, 0.3),  # while one is written
+    "evaluation": Phase("evaluate", 5, 0.8),
+    "analysis": Phase("analysis", 3, 0.8),
+}
 KINDS = {  # what is compared
     "weights": ("runs/**/*.safetensors",),
     "metrics": ("runs/**/metrics.json",),
@@ -52,10 +69,10 @@ class Point(NamedTuple):
 
 
 def draw(seed: int, number: int) -> list[Point]:
-    """So many random points, spread over the phases, in the order of a study."""
-    rng, total = random.Random(seed), sum(share for _, share in PHASES.values())
-    counts = {phase: max(1, round(share * number / total)) for phase, (_, share) in PHASES.items()}
-    return [Point(phase, rng.random(), rng.random() < 0.5) for phase, count in counts.items() for _ in range(count)]
+    """About so many random points, some in each phase."""
+    rng = random.Random(seed)
+    drawn = [Point(name, rng.random() * phase.window, rng.random() < 0.5) for name, phase in PHASES.items() for _ in range(max(1, round(phase.share * number / 24)))]
+    return sorted(drawn, key=lambda point: rng.random())
 
 
 def write_copy(study: str, folder: Path, **changes: Any) -> Path:
@@ -130,36 +147,53 @@ class Started:
         self.popen.wait()
 
 
-def wait_for(started: Started, point: Point, took: dict[str, float], folder: Path) -> dict[str, Any] | None:
-    """Wait until the moment of a point has come; what runs then. None: the study has ended before."""
-    notebook = PHASES[point.phase][0]
-    for running in started.watch():
-        since = [time.monotonic() - started.seen[job][0] for job in running if job.notebook == notebook]
-        if since and max(since) >= point.share * took.get(notebook, 1.0):
-            if point.phase != "checkpoint":
-                return {"after": round(max(since), 2), "jobs": sorted(job.log for job in running)}
-            end = time.monotonic() + took.get(notebook, 1.0)
-            while not (written := unsealed(folder)) and time.monotonic() < end:
-                time.sleep(0.0005)
-            time.sleep(0.01 * point.share)
-            if written:
-                return {"after": round(max(since), 2), "jobs": sorted(job.log for job in running), "writing": [str(path.relative_to(folder)) for path in written]}
+def due(started: Started, running: set[Job], left: Sequence[Point], took: dict[str, float]) -> tuple[Point, float] | None:
+    """The first of the points whose moment has come in one of the jobs that run, and how long that job has been running; of each notebook only the first point left counts."""
+    first = {}
+    for point in left:
+        first.setdefault(PHASES[point.phase].notebook, point)
+    for job in running:
+        since, point = time.monotonic() - started.seen[job][0], first.get(job.notebook)
+        if point and since >= point.share * took.get(job.notebook, 1.0):
+            return point, since
     return None
 
 
-def disturb(command: Sequence[str], folder: Path, planned: Sequence[Point], took: dict[str, float]) -> list[dict[str, Any]]:
-    """Start a study, kill it at each of the points and start it again, at last to its end; returns the kills. Raises RuntimeError when it fails."""
-    kills, left = [], list(planned)
+def caught_writing(folder: Path, seconds: float) -> list[str]:
+    """The checkpoints that are being written, as soon as there are any, in the next so many seconds."""
+    end = time.monotonic() + seconds
+    while not (written := unsealed(folder)) and time.monotonic() < end:
+        time.sleep(0.0005)
+    return [str(path.relative_to(folder)) for path in written]
+
+
+def next_kill(started: Started, left: Sequence[Point], took: dict[str, float], folder: Path) -> tuple[Point, dict[str, Any]] | None:
+    """Wait until the moment of one of the points has come; that point and what runs then. None: the study has ended before."""
+    for running in started.watch():
+        if (found := due(started, running, left, took)) is None:
+            continue
+        point, since = found
+        told = {"phase": point.phase, "everything": point.everything, "after": round(since, 2), "jobs": sorted(os.path.relpath(job.log, folder) for job in running)}
+        if point.phase != "checkpoint":
+            return point, told
+        if written := caught_writing(folder, took["train"]):
+            time.sleep(0.01 * point.share)
+            return point, told | {"writing": written}
+    return None
+
+
+def disturb(command: Sequence[str], folder: Path, left: list[Point], took: dict[str, float]) -> list[dict[str, Any]]:
+    """Start a study, kill it at points of `left`, which are taken from there, and start it again, until it ends; returns the kills. Raises RuntimeError when it fails."""
+    kills = []
     while True:
         started = Started(command, folder / "study.log")
-        point = left.pop(0) if left else None
-        if point and (there := wait_for(started, point, took, folder)):
-            started.kill(point.everything)
-            kills.append({"phase": point.phase, "everything": point.everything} | there)
-            print(f"{len(kills)}: killed in {point.phase}, {there['after']} s after its start: {' '.join(os.path.relpath(log, folder) for log in there['jobs'])}", flush=True)
-        elif started.popen.wait() or not left:  # else no such job was left
+        if (found := next_kill(started, left, took, folder)) is None:
             break
-    if started.popen.returncode:
+        started.kill(found[0].everything)
+        left.remove(found[0])
+        kills.append(found[1])
+        print(f"killed in {found[1]['phase']}, after {found[1]['after']} s: {' '.join(found[1]['jobs'])}", flush=True)
+    if started.popen.wait():
         raise RuntimeError(f"the study failed after {len(kills)} kills:\n{(folder / 'study.log').read_text(errors='replace')[-3000:]}")
     return kills
 
@@ -184,7 +218,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
     kills, compared = report["kills"], report["compared"]
     lines = [f"# Study {report['study']}, killed {len(kills)} times", ""]
-    lines += [f"Undisturbed it took {report['undisturbed_seconds']:.0f} s, killed and started again {report['disturbed_seconds']:.0f} s. Manual unlocks: none.", ""]
+    lines += [f"Undisturbed it took {report['undisturbed_seconds']:.0f} s; killed and started again, {report['passes']} x to its end, {report['disturbed_seconds']:.0f} s. Manual unlocks: none.", ""]
     lines += ["| phase | kills | of every process at once |", "|---|---|---|"]
     for phase in PHASES:
         hit = [kill for kill in kills if kill["phase"] == phase]
@@ -197,29 +231,33 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def study_faults(study: str, folder: Path, planned: Sequence[Point], command: Callable[[Path], Sequence[str]], **changes: Any) -> dict[str, Any]:
-    """Run a study undisturbed and disturbed, in two folders of `folder`; `command` starts one, given its file. Returns the report."""
-    begun = time.monotonic()
-    for name in ("undisturbed", "disturbed"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    files = {name: write_copy(study, folder / name, **changes) for name in ("undisturbed", "disturbed")}
-    quiet = Started(command(files["undisturbed"]), folder / "undisturbed" / "study.log")
+PASSES = 4  # at most
+
+
+def study_faults(study: str, folder: Path, planned: Sequence[Point], command: Callable[[Path], Sequence[str]]) -> dict[str, Any]:
+    """Run a study undisturbed and disturbed, in folders of `folder`; `command` starts one, given its file. Returns the report."""
+    begun, left, kills, behind = time.monotonic(), list(planned), [], []
+    for old in (folder / "undisturbed", *folder.glob("disturbed*")):
+        shutil.rmtree(old, ignore_errors=True)
+    quiet = Started(command(file := write_copy(study, folder / "undisturbed")), folder / "undisturbed" / "study.log")
     for _ in quiet.watch():
         pass
     if quiet.popen.returncode:
         raise RuntimeError(f"the undisturbed study failed:\n{(folder / 'undisturbed' / 'study.log').read_text(errors='replace')[-3000:]}")
     middle, took = time.monotonic(), quiet.seconds()
-    print(f"undisturbed: {middle - begun:.0f} s; of each job: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in took.items())}", flush=True)
-    kills = disturb(command(files["disturbed"]), folder / "disturbed", planned, took)
-    relative = [kill | {"jobs": [os.path.relpath(log, folder / "disturbed") for log in kill["jobs"]]} for kill in kills]
-    return {
-        "study": files["disturbed"].stem,
-        "undisturbed_seconds": middle - begun,
-        "disturbed_seconds": time.monotonic() - middle,
-        "kills": relative,
-        "compared": compare(folder / "undisturbed", folder / "disturbed"),
-        "left_behind": left_behind(folder / "disturbed"),
-    }
+    print(f"undisturbed: {middle - begun:.0f} s; the shortest of each job: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in took.items())}", flush=True)
+    compared = {kind: {"files": 0, "different": []} for kind in KINDS}
+    passes = 0
+    while left and passes < PASSES:
+        passes += 1
+        disturbed = folder / f"disturbed{passes}"
+        kills += disturb(command(write_copy(study, disturbed)), disturbed, left, took)
+        behind += [f"{disturbed.name}/{path}" for path in left_behind(disturbed)]
+        for kind, found in compare(folder / "undisturbed", disturbed).items():
+            compared[kind]["files"] += found["files"]
+            compared[kind]["different"] += [f"{disturbed.name}/{name}" for name in found["different"]]
+    seconds = {"undisturbed_seconds": middle - begun, "disturbed_seconds": time.monotonic() - middle}
+    return {"study": file.stem, **seconds, "passes": passes, "kills": kills, "not_hit": [point.phase for point in left], "compared": compared, "left_behind": behind}
 
 
 @call_parse

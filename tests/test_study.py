@@ -1,10 +1,8 @@
-"""The main job end to end: `make study` on a small study, a second time, after a kill, and with mistakes in the study file."""
+"""The main job end to end: `make study` on a small study, a second time, and with mistakes in the study file; killed it is in test_survival."""
 
 import json
 import os
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -71,27 +69,6 @@ def test_a_second_time_nothing_is_done(finished):
     result = make(study)
     assert result.returncode == 0 and "Nothing to be done" in result.stdout, result.stdout[-3000:]
     assert [p.stat().st_mtime_ns for p in metrics] == before
-
-
-def test_a_killed_study_goes_on_to_the_same_result(finished, tmp_path):
-    base = finished[1] / "runs" / "quiet" / "mini-llama" / "base"
-    study = write_study(tmp_path, "killed", models={"mini-llama": {"path": str(base)}}, methods=["dsft_logits"])
-    run = tmp_path / "runs" / "killed" / "mini-llama" / "zh" / "dsft_logits" / "seed0"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(["make", "study", f"STUDY={study}"], cwd=ROOT, env=OUTSIDE, start_new_session=True, **quiet)
-    deadline = time.monotonic() + 300
-    while not list(run.glob("checkpoints-*/checkpoint-2")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert list(run.glob("checkpoints-*/checkpoint-*")) and not (run / "model").exists(), "the kill did not hit the training"
-
-    result = make(study)
-    assert result.returncode == 0, result.stdout[-5000:]
-    undisturbed = finished[1] / "runs" / "quiet" / "mini-llama" / "zh" / "dsft_logits" / "seed0"
-    assert (run / "model" / "model.safetensors").read_bytes() == (undisturbed / "model" / "model.safetensors").read_bytes()
-    scores = [json.loads((folder / "metrics.json").read_text())["scores"] for folder in (run, undisturbed)]
-    assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize(

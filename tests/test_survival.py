@@ -30,7 +30,10 @@ from dsft.checks import check
 from dsft.data import parallel_pairs
 from dsft.files import SUMS, ParamsError, clear_temporary, damage, digest, exclusive, hold, python_code, read_rows, replacing, seal, write_json, write_jsonl, writing
 from dsft.generation import resumable_map
+from dsft.report import headline
+from dsft.results import check_records
 from dsft.study import Run, Study, load_study
+from dsft.tasks import write_tasks
 from dsft.training import Checkpoints, fine_tune, last_complete_checkpoint, save_training
 
 ROOT = Path(__file__).parents[1]
@@ -74,17 +77,18 @@ def killed(tmp_path_factory) -> tuple[Path, dict]:
     """A small study undisturbed and killed at three points; its folder and the report."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
-    three = [Point("training", 0.2, everything=False), Point("checkpoint", 0.2, everything=True), Point("evaluation", 0.2, everything=True)]
+    three = [Point("training", 0.2, everything=False), Point("checkpoint", 0.0, everything=True), Point("evaluation", 0.2, everything=True)]
     return folder, study_faults(str(folder / "small.yaml"), folder, three, snakemake)
 
 
 def test_a_study_killed_three_times_leaves_the_same_to_the_bit(killed):
     folder, report = killed
-    assert [kill["phase"] for kill in report["kills"]] == ["training", "checkpoint", "evaluation"]
-    assert any("dsft_feature" in path for path in report["kills"][1]["writing"])
+    hit = {kill["phase"]: kill for kill in report["kills"]}
+    assert hit.keys() == {"training", "checkpoint", "evaluation"} and not report["not_hit"]
+    assert all("dsft_feature" in path for path in hit["checkpoint"]["writing"])
     assert all(not found["different"] for found in report["compared"].values()), report["compared"]
-    assert report["compared"]["weights"]["files"] == 3 and report["compared"]["metrics"]["files"] == 2 and report["compared"]["tables"]["files"] >= 5
-    log = read_rows(folder / "disturbed" / "runs" / "small" / "m" / "zh" / "dsft_feature" / "seed0" / "train_log.jsonl")
+    assert {kind: found["files"] // report["passes"] for kind, found in report["compared"].items()} == {"weights": 3, "metrics": 2, "samples, logs and reports": 12, "tables": 6, "figures": 0}
+    log = read_rows(folder / "disturbed1" / "runs" / "small" / "m" / "zh" / "dsft_feature" / "seed0" / "train_log.jsonl")
     assert [entry["step"] for entry in log] == [*range(1, 9)] and log[-1]["loss_lc"] > 0
 
 
@@ -100,7 +104,7 @@ def test_points_are_drawn_by_their_seed_in_every_phase():
 
 
 def test_a_trained_model_whose_bytes_flip_is_not_evaluated(killed):
-    folder = killed[0] / "disturbed"
+    folder = killed[0] / "disturbed1"
     run = load_study(folder / "small.yaml").run("m", "zh", "dsft_feature", 0)
     run.check_trained()
     assert subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=run.trained).returncode == 0
@@ -338,6 +342,29 @@ def test_an_edit_that_keeps_size_and_time_of_a_file_is_seen(on_files):
     assert file.stat().st_size == times.st_size and file.stat().st_mtime_ns == times.st_mtime_ns
     after = parallel_pairs(on_files.data, "zh")[0]
     assert [pair.target["output"] for pair in after] == [pair.target["output"].replace("那是", "这是") for pair in before]
+
+
+@pytest.mark.parametrize(("part", "changes"), [("train", {"learning_rate": 0.5}), ("evaluation", {"items": 7}), ("data", {"items": 8})])
+def test_runs_of_another_time_are_not_counted(killed, part, changes):
+    """As after the run folder came from another machine, without Snakemake's notes: nothing would be made again."""
+    file = killed[0] / "undisturbed" / "small.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    check_records(load_study(file))
+    try:
+        file.write_text(yaml.safe_dump(content | {part: content[part] | changes}), encoding="utf-8")
+        with pytest.raises(ParamsError, match=rf"seed0: made from other inputs than are there now \({part}\); delete it and have it made again"):
+            check_records(load_study(file))
+        with pytest.raises(SystemExit, match="dsft: .*seed0: made from other inputs"):
+            headline(str(file))
+    finally:
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def test_evaluations_that_ask_in_another_way_at_the_same_time_have_files_of_their_own(tmp_path):
+    study = small(tmp_path)
+    longer = study.model_copy(update={"evaluation": study.evaluation.model_copy(update={"max_new_tokens": 99})})
+    folders = [write_tasks(*asked)[0].folder for asked in ((study, "zh", ""), (study, "zh", " "), (longer, "zh", ""), (study, "zh", ""))]
+    assert len(set(folders)) == 3 and folders[0] == folders[3]
 
 
 # ---- answers
