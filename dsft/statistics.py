@@ -91,7 +91,7 @@ def compare(items: pd.DataFrame, baselines: Sequence[str] | None = None) -> pd.D
     rows, within = [], [c for c in CELL if c != "method"]
     tuned = items.loc[items["role"] != "base", [*CELL, "seed", "id", "value"]]
     for cell, scores in tuned.groupby(within, sort=False, observed=True):
-        answers = {method: own.pivot(index="seed", columns="id", values="value") for method, own in scores.groupby("method")}
+        answers = {method: own.pivot(index="seed", columns="id", values="value") for method, own in scores.groupby("method", observed=True)}
         if not (known := [name for name in baselines if name in answers]):
             continue
         baseline = max(known, key=lambda name: answers[name].to_numpy().mean())
