@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow.json import ParseOptions, read_json
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from .files import ParamsError, check_made_from, replacing, write_json
@@ -203,13 +205,15 @@ def with_methods(table: pd.DataFrame, study: Study) -> pd.DataFrame:
     if strange := sorted(set(table["method"]) - study.every_method.keys()):
         raise ParamsError(f"study {study.name} has no method {strange[0]}, which a table of it names; make the table again with: {study.command}")
     known = pd.DataFrame([_columns_of(m) for m in study.every_method.values()], columns=METHOD_COLUMNS, index=list(study.every_method))
+    if isinstance(table["method"].dtype, pd.CategoricalDtype):  # a table of millions of rows
+        known = known.astype(dict.fromkeys(METHOD_COLUMNS[:-1], "category"))
     return table.drop(columns=METHOD_COLUMNS, errors="ignore").join(known.astype({"examples": "Int64"}), on="method")
 
 # %% ../nbs/24_results.ipynb #607329e2
 def controls(table: pd.DataFrame) -> list[str]:
     """The names of the methods of a table, sorted, that are controls by themselves and no variations of one."""
     methods = table[["method", "stem", "role"]].drop_duplicates()
-    return sorted(methods.loc[methods["role"].eq("control") & methods["method"].eq(methods["stem"]), "method"])
+    return sorted(methods.loc[methods["role"].eq("control") & methods["method"].astype(str).eq(methods["stem"].astype(str)), "method"])
 
 # %% ../nbs/24_results.ipynb #2f44ebce
 def titles(study: Study) -> dict[str, str]:
@@ -252,10 +256,30 @@ def load_results(study: Study, prompt: str | None = None) -> pd.DataFrame:
     """
     first = study.evaluation.prompt[0]
     prompt = prompt or first
-    scores = [(run, score) for run in finished_runs(study) for score in read_of_run(run, "metrics.json", Metrics).scores]
-    rows = [_of_run(run) | score.model_dump() for run, score in scores if score.prompt == prompt]
-    table = pd.DataFrame(rows) if rows else _committed(study, "results.csv" if prompt == first else f"results_{prompt}.csv")
+    finished = finished_runs(study)
+    scores = [(run, score) for run in finished for score in read_of_run(run, "metrics.json", Metrics).scores]
+    rows = [_of_run(run) | dict(score) for run, score in scores if score.prompt == prompt]
+    table = pd.DataFrame(rows, columns=RESULT_COLUMNS[:10]) if finished else _committed(study, "results.csv" if prompt == first else f"results_{prompt}.csv")
     return with_layers(with_methods(table, study), study)[RESULT_COLUMNS].astype({"value": float, "chance": float})
+
+# %% ../nbs/24_results.ipynb #ba68335b
+_SAMPLE = {"dataset": pa.string(), "lang": pa.string(), "prompt": pa.string(), "id": pa.string(), "value": pa.float64(), "cluster": pa.string(), BITS: pa.float64()}  # of its fields those that are read
+_WORDS = ("model", "target", "method", "dataset", "lang", "metric")
+
+
+def _read_samples(path: Path) -> pd.DataFrame:
+    """The rows of a samples.jsonl, columns _SAMPLE; `prompt`, `cluster` and bits a byte may be missing. Raises ValueError for a broken file."""
+    samples = read_json(path, parse_options=ParseOptions(explicit_schema=pa.schema(_SAMPLE), unexpected_field_behavior="ignore"))
+    if absent := [name for name in ("dataset", "lang", "id", "value") if samples[name].null_count]:
+        raise ValueError(f"rows without {absent[0]}")
+    return samples.to_pandas()
+
+
+def _stacked(parts: list[pd.DataFrame], runs: list[Run]) -> pd.DataFrame:
+    """The tables of runs one below the other, with the columns that tell the runs apart."""
+    of_run = pd.DataFrame([_of_run(run) for run in runs]).astype(dict.fromkeys(("model", "target", "method"), "category"))
+    repeated = of_run.loc[np.repeat(np.arange(len(runs)), [len(part) for part in parts])].reset_index(drop=True)
+    return pd.concat([repeated, pd.concat(parts, ignore_index=True)], axis=1)
 
 # %% ../nbs/24_results.ipynb #bf4f61bc
 ITEM_COLUMNS = ["model", "target", "method", "seed", "dataset", "lang", "metric", "id", "cluster", "value", BITS, *METHOD_COLUMNS]
@@ -272,16 +296,13 @@ def _item_scores(run: Run, prompt: str) -> pd.DataFrame:
     metrics = {(s.dataset, s.lang): s.metric for s in reversed(read_of_run(run, "metrics.json", Metrics).scores)}
     path = run.folder / "samples.jsonl"
     try:
-        samples = pd.read_json(path, lines=True, dtype={"id": str, "cluster": str})
-        if "prompt" in samples:
-            samples = samples[samples["prompt"] == prompt]
-        samples = _completed(samples)[["dataset", "lang", "id", "cluster", "value", BITS]]
-    except (OSError, ValueError, KeyError) as error:
+        samples = _completed(_read_samples(path))
+        samples = samples[samples["prompt"].fillna(prompt) == prompt].drop(columns="prompt")
+    except (OSError, ValueError) as error:
         raise ParamsError(f"{path}: {error}; delete metrics.json beside it to have both made again") from None
     samples["metric"] = [metrics.get(pair) for pair in zip(samples["dataset"], samples["lang"])]
     samples = samples.dropna(subset="metric")
-    unit = [100 if metric_of(metric).percent else 1 for metric in samples["metric"]]
-    return samples.assign(value=unit * samples["value"], **_of_run(run))
+    return samples.assign(value=samples["value"] * samples["metric"].map({metric: 100 if metric_of(metric).percent else 1 for metric in set(metrics.values())}))
 
 # %% ../nbs/24_results.ipynb #3617f873
 def load_item_scores(study: Study, prompt: str | None = None) -> pd.DataFrame:
@@ -289,10 +310,11 @@ def load_item_scores(study: Study, prompt: str | None = None) -> pd.DataFrame:
 
     From the samples.jsonl beside each metrics.json, else from the committed items.parquet; `prompt` and errors as in `load_results`. `metric` is
     the first that metrics.json names for the benchmark: the one that is a mean over items. `bits_per_byte` is that of the right answer, NaN where there is none or it is not known.
-    Values have the precision of items.parquet, 32-bit floats, wherever they come from, so that both give the same intervals.
+    Values have the precision of items.parquet, 32-bit floats, wherever they come from, so that both give the same intervals. Words but for `id` and `cluster` are categories.
     """
-    parts = [_item_scores(run, prompt or study.evaluation.prompt[0]) for run in finished_runs(study)]
-    table = pd.concat(parts, ignore_index=True) if parts else _completed(_committed(study, "items.parquet"))
+    finished = finished_runs(study)
+    parts = [_item_scores(run, prompt or study.evaluation.prompt[0]) for run in finished]
+    table = (_stacked(parts, finished) if finished else _completed(_committed(study, "items.parquet"))).astype(dict.fromkeys(_WORDS, "category"))
     single = dict.fromkeys(("value", BITS), "float32")
     return with_methods(table, study)[ITEM_COLUMNS].astype(single).astype(dict.fromkeys(single, float))
 
@@ -393,7 +415,7 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
 def write_items(items: pd.DataFrame, path: str | Path) -> None:
     """Write the scores of single items (`load_item_scores`), without METHOD_COLUMNS, as a compressed parquet file, atomically; as 32-bit floats."""
     with replacing(path) as temporary:
-        written = _completed(items.drop(columns=METHOD_COLUMNS)).astype(dict.fromkeys(("value", BITS), "float32"))
+        written = _completed(items.drop(columns=METHOD_COLUMNS)).astype(dict.fromkeys(_WORDS, str) | dict.fromkeys(("value", BITS), "float32"))
         written.to_parquet(temporary, index=False, compression="zstd")
 
 # %% ../nbs/24_results.ipynb #4a062d9c

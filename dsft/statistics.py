@@ -112,7 +112,7 @@ def compare(items: pd.DataFrame, baselines: Sequence[str] | None = None) -> pd.D
     rows, within = [], [c for c in CELL if c != "method"]
     tuned = items[items["role"] != "base"]
     for cell, scores in tuned.groupby(within, sort=False, observed=True):
-        answers = {method: own.pivot(index="seed", columns="id", values="value") for method, own in scores.groupby("method")}
+        answers = {method: own.pivot(index="seed", columns="id", values="value") for method, own in scores.groupby("method", observed=True)}
         if not (known := [name for name in baselines if name in answers]):
             continue
         better = direction(cell[-1])

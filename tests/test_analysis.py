@@ -1,7 +1,9 @@
 """The analyses that need sweeps, on run folders written by hand with levels that make every answer known."""
 import json
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -361,6 +363,14 @@ def test_one_seed_has_no_interval(project):
 NEEDING_SWEEPS = ["table3", "table4", "figure3", "layers", "readings", "data_size", "code_switch_sweep", "inside", "figure4", "claims"]
 
 
+def declared(prompts: tuple[str, ...] = ("dsft",)) -> dict[str, list[str]]:
+    """What the Snakefile says that each analysis writes."""
+    lines = (ANALYSIS.parents[1] / "Snakefile").read_text(encoding="utf-8")
+    names = {"study": SimpleNamespace(evaluation=SimpleNamespace(prompt=prompts))}
+    exec(lines[lines.index("def of_both") : lines.index("# Some of them need")], names)
+    return names["ANALYSES"]
+
+
 def test_a_study_without_these_runs_says_so(project):
     (project / "params" / "narrow.yaml").write_text(STUDY.split("sweeps")[0])
     wide, narrow = project / "runs/wide/m/zh", project / "runs/narrow/m/zh"
@@ -373,5 +383,45 @@ def test_a_study_without_these_runs_says_so(project):
     assert "Study narrow has no runs of lc_logits" in shown["table3"] and "Study narrow has no runs of lc_logits" in shown["table4"]
     assert "**C2** (ET brings more than LC): not tested" in shown["claims"]
     assert "**C2**, in study wide: supported, +10.0 points" in shown["claims"]
-    written = {path.stem for path in (project / "figures" / "narrow").iterdir()}
-    assert written == {"claims", "figure4", "figure4_counted", "figure4_tsne", "inside"}  # and nothing about what was not run
+    figures = project / "figures" / "narrow"
+    for name in ("figure3", "layers", "data_size", "readings", "table3", "table4"):
+        assert "Study narrow has no runs" in (figures / f"{name}.md").read_text()
+    assert "There are no such runs." in (figures / "figure3_against_tft.md").read_text()
+    assert {path.name for path in figures.iterdir()} == {written for name in NEEDING_SWEEPS for written in declared()[name]}
+
+
+# Studies as people have them: what they train, what their models were asked, and how the methods of `wide` stand for it.
+ODD = {
+    "base alone, asked to translate": ("methods: [base]", [("flores", "en-zh"), ("flores", "zh-en")]),
+    "no tft, one benchmark": ("methods: [dsft_logits]", [("xnli", "zh")]),
+    "one reading on translation alone": ("methods: [tft, dsft_logits, dsft_logits_positional, lc_logits]", [("flores", "en-zh"), ("flores", "zh-en")]),
+    "sweeps without tft and English": ("methods: [et_logits_at1, et_logits_at3, dsft_logits_at1_2, dsft_logits_at1_3]", [("truthfulqa", "zh")]),
+    "amounts of data of one method": ("methods: [dsft_logits_n150, dsft_logits_n300]", [("xquad", "zh"), ("xquad", "en")]),
+    "asked in English alone": ("methods: [tft, dsft_feature]", [("xquad", "en")]),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_every_analysis_of_an_odd_study_writes_what_it_is_to_write(project, case):
+    methods, asked = ODD[case]
+    name = case.replace(",", "").replace(" ", "_")
+    (project / "params" / f"{name}.yaml").write_text(f"models:\n  m: {{path: nowhere/m}}\nlanguages: [zh]\n{methods}\nevaluation: {{prompt: [dsft, harness], source: hub}}\n")
+    study = load_study(str(project / "params" / f"{name}.yaml"))
+    wide, odd = project / "runs/wide/m/zh", project / "runs" / name / "m/zh"
+    for method in study.every_method:
+        copy_runs(wide / method / "seed0", odd / method / "seed0", {'"wide"': f'"{name}"'})
+        for file, part in ((odd / method / "seed0" / "metrics.json", "scores"), (odd / method / "seed0" / "inside.json", "rows")):
+            content = json.loads(file.read_text())
+            content[part] = [row for row in content[part] if part == "rows" or (row["dataset"], row["lang"]) in asked]
+            file.write_text(json.dumps(content))
+        samples = odd / method / "seed0" / "samples.jsonl"
+        rows = [row for row in map(json.loads, samples.read_text().splitlines()) if (row["dataset"], row["lang"]) in asked]
+        samples.write_text("".join(json.dumps(row | {"prompt": "dsft"}) + "\n" for row in rows))
+        step = {"commit": "", "seconds": 1.0, "packages": {}, "model": {"steps": 2, "train_seconds": 1.0, "seconds": 1.0, "packages": {}} if method != "base" else None}
+        (odd / method / "seed0" / "provenance.json").write_text(json.dumps(step))
+    (odd / "layers.json").write_bytes((wide / "layers.json").read_bytes())
+    (project / "figures" / name).mkdir(parents=True)
+    for analysis, written in declared(("dsft", "harness")).items():
+        shown = analyse(project, analysis, name)
+        assert not re.search(r"\bnan\b", shown), shown
+        assert [file for file in written if not (project / "figures" / name / file).is_file()] == [], analysis

@@ -1,8 +1,10 @@
-"""What the graph of a study counts as a change: contents, not times; and what a new recipe takes. In a copy of the project, which may be changed."""
+"""What the graph of a study counts as a change: contents, not times; what a new recipe takes, what a failed job leaves, a rehearsal. In a copy of the project,
+which may be changed, in a folder with a name that no shell and no pattern likes."""
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,18 +40,18 @@ RECIPE = Recipe(options=ToyOptions, rows=_rows, check=lambda run, options: None)
 ]
 
 
-def run(project: Path, *command: str) -> str:
-    """What a command says in the project, with the project's own library."""
+def run(project: Path, *command: str, code: int = 0, **variables: str) -> str:
+    """What a command says in the project, with the project's own library; it must end with this exit code."""
     outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    env = outside | {"PYTHONPATH": str(project), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    env = outside | {"PYTHONPATH": str(project), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"} | variables
     result = subprocess.run(command, cwd=project, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert result.returncode == 0, result.stdout[-4000:]
+    assert result.returncode == code, result.stdout[-4000:]
     return result.stdout
 
 
 def snakemake(project: Path, *arguments: str) -> str:
     targets = [f"runs/toy/micro-llama/zh/{method}/seed0/train_log.jsonl" for method in ("tft", "toyed")]
-    return run(project, "snakemake", "--config", "study=toy", "--nolock", "--cores", "2", *arguments, "--", *targets)
+    return run(project, "snakemake", "--profile", "params/profiles/local", "--config", "study=toy", "--cores", "2", *arguments, "--", *targets)
 
 
 def planned(project: Path) -> set[str]:
@@ -60,12 +62,15 @@ def planned(project: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A copy of the project with a recipe more - one notebook and one line of the table - and a study in files that uses it, trained."""
-    project = tmp_path_factory.mktemp("project")
+    project = tmp_path_factory.mktemp("project") / "it's [ä] $(touch here); *"
+    project.mkdir()
     tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in tracked.splitlines():
-        if name.split("/")[0] in ("Snakefile", "settings.ini", "dsft", "models", "nbs", "params") and (ROOT / name).is_file():
+        if name.split("/")[0] in ("Makefile", "Snakefile", "settings.ini", "dsft", "models", "nbs", "params") and (ROOT / name).is_file():
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, project / name)
+    (project / ".venv").mkdir()
+    (project / ".venv" / "installed").touch()
 
     cells = [nbformat.v4.new_markdown_cell("# toy\n\n> A recipe that says the English answer several times"), *map(nbformat.v4.new_code_cell, TOY)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), project / "nbs" / "recipes" / "toy.ipynb")
@@ -142,7 +147,7 @@ def test_a_base_whose_vocabulary_is_cut_is_made_from_the_texts_of_the_study(proj
     (project / "params" / "cut.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     target = "runs/cut/micro-llama/zh/tft/seed0/train_log.jsonl"
     make = lambda *arguments: run(project, "snakemake", "--config", "study=cut", "--nolock", "--cores", "2", *arguments, "--", target)
-    cut_again = lambda: "rule cut_vocabulary_micro-llama" in make("--dry-run")
+    cut_again = lambda: "rule cut_vocabulary_1" in make("--dry-run")
 
     make("--quiet", "rules", "host")
     base, trained = project / "runs" / "cut" / "micro-llama" / "cut", project / Path(target).parent / "model"
@@ -165,3 +170,62 @@ def test_a_base_whose_vocabulary_is_cut_is_made_from_the_texts_of_the_study(proj
     finally:
         weights.write_text(content, encoding="utf-8")
         os.utime(weights, times)
+
+
+def test_a_failed_training_is_told_last_and_keeps_nothing_else_from_being_made(project):
+    study = yaml.safe_load((project / "params" / "toy.yaml").read_text(encoding="utf-8"))
+    study |= {"methods": ["base", "tft"], "recipes": {}, "evaluation": {"items": 4, "benchmarks": ["xcopa"]}, "layers": {"i": 2, "j": 5}}
+    study["data"]["max_length"] = 2
+    file = project / "params" / "my study.yaml"
+    file.write_text(yaml.safe_dump(study), encoding="utf-8")
+    told = run(project, "make", "study", "STUDY=params/my study.yaml", "CORES=2", code=2)
+    *_, which, error, make = told.strip().splitlines()
+    assert which == "runs/my study/micro-llama/zh/tft/seed0/train.ipynb, cell 4:"
+    assert error == "  ParamsError: data.max_length = 2: every prompt is longer than that; raise it" and make.startswith("make: ")
+    assert (project / "runs/my study/micro-llama/zh/base/seed0/metrics.json").exists() and (project / "runs/my study/micro-llama/zh/layers.json").exists()
+
+
+def test_a_study_of_the_paper_is_rehearsed_to_its_last_table(project):
+    study = {"extends": "llama2-7b", "languages": ["zh"], "methods": ["base", "tft"], "sweeps": [{"methods": ["et_logits", "et_logits_at5"]}]}
+    study |= {"evaluation": {"benchmarks": ["xquad", "flores"]}}
+    (project / "params" / "paper.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    told = run(project, "make", "rehearse", "STUDY=paper", "CORES=2")
+    assert "models.llama-2-7b: random and narrow in place of meta-llama/Llama-2-7b-hf: llama of 32 layers" in told
+    assert "study paper: 4 of 4 runs finished, in runs/rehearsal/paper" in told
+    figures = project / "runs" / "rehearsal" / "figures" / "paper"
+    assert not (project / "figures").exists()
+    assert "XQuAD F1, zh" in (figures / "table1.md").read_text(encoding="utf-8") and "COMET, en-zh" in (figures / "table4.md").read_text(encoding="utf-8")
+    assert "ET-logits: best at layer 5" in (figures / "figure3.md").read_text(encoding="utf-8") and (figures / "figure3.svg").exists()
+    assert (figures / "claims.md").exists() and (figures / "table1_harness.csv").exists()
+
+
+def test_no_name_and_no_path_is_run(project):
+    assert not list(project.rglob("here")) and not list(project.parent.glob("here"))
+
+
+@pytest.mark.parametrize("study", ["micro", "/some dir/it's [x].yaml", "a; touch x", "007", "[a]: #b", '"x" $$HOME `ls` \\'])
+def test_make_passes_the_study_on_as_one_word(study):
+    planned = subprocess.run(["make", "--dry-run", "--always-make", "study", f"STUDY={study}"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    commands = [shlex.split(line.replace("||", " ; ")) for line in planned.splitlines() if "dsft_" in line]
+    study = study.replace("$$", "$")  # as make reads it
+    assert [command[1] for command in commands if command[0].startswith("dsft_")] == [study, study]
+    snakemake = next(command for command in commands if command[0] == "snakemake")
+    assert yaml.load(snakemake[snakemake.index("--config") + 1].removeprefix("study="), yaml.BaseLoader) == study
+    assert snakemake[-2:] == ["dsft_failures", study]
+
+
+def test_the_paper_is_planned_for_slurm():
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    planned = subprocess.run(
+        ["snakemake", "--profile", "params/profiles/slurm", "--config", "study=llama2-7b", "--dry-run", "--quiet", "host"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    jobs = re.findall(r"^rule (\w+):(.*?)\n\n", planned.stdout + "\n", re.MULTILINE | re.DOTALL)
+    asked = {name: re.search(r"resources: (.*)", text)[1] for name, text in jobs if "resources" in text}
+    assert "mem_mb=256000" in asked["train"] and "runtime=2880" in asked["train"] and "gpu=8" in asked["train"]
+    assert "gpu=1" in asked["evaluate"] and "mem_mb=8000" in asked["table1"] and "gpu" not in asked["table1"]
+    assert sum(name == "train" for name, _ in jobs) == 29  # Tables 1 and 2, 3 and 4, Figure 3
+
+
+def test_every_profile_is_yaml_that_says_where_jobs_run():
+    executors = {file.parent.name: yaml.safe_load(file.read_text(encoding="utf-8")).get("executor") for file in (ROOT / "params" / "profiles").glob("*/*.yaml")}
+    assert executors == {"local": None, "slurm": "slurm", "kubernetes": "kubernetes"}
