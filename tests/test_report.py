@@ -425,7 +425,7 @@ def test_passages_of_two_benchmarks_are_not_one_cluster(measured):
 
 @pytest.mark.parametrize("load", [load_results, load_item_scores, load_entropy])
 def test_neither_runs_nor_tables(project, load):
-    with pytest.raises(FileNotFoundError, match="make study STUDY=nowhere") as error:
+    with pytest.raises(FileNotFoundError, match="study nowhere: neither finished runs nor a committed .*; make them with: make study STUDY=") as error:
         load(load_study("toy").model_copy(update={"name": "nowhere"}))
     assert "\n" not in str(error.value)
 

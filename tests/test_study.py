@@ -46,9 +46,9 @@ def test_study_writes_every_run_and_table(finished):
     for method in METHODS:
         run = folder / "runs" / "quiet" / "mini-llama" / "zh" / method / "seed0"
         metrics = json.loads((run / "metrics.json").read_text())
-        assert {(s["dataset"], s["lang"]) for s in metrics["scores"]} == {(d, x) for d in ("xquad", "xcopa") for x in ("zh", "en")}
-        assert all(s["items"] == 24 for s in metrics["scores"])
-        assert len((run / "samples.jsonl").read_text().splitlines()) == 4 * 24
+        items = {(s["dataset"], s["lang"]): s["items"] for s in metrics["scores"]}
+        assert items == {(d, x): n for d, n in (("xquad", 24), ("xcopa", 24), ("instructions", 24)) for x in ("zh", "en")}
+        assert len((run / "samples.jsonl").read_text().splitlines()) == 6 * 24
         assert json.loads((run / "provenance.json").read_text())["commit"]
         assert yaml.safe_load((run / "params.yaml").read_text())["method"] == method
         if method != "base":
