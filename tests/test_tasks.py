@@ -29,7 +29,7 @@ from dsft.data import held_out_pairs, load_parallel
 from dsft.files import ParamsError, read_rows
 from dsft.metrics import BENCHMARKS
 from dsft.microcosm import World
-from dsft.prompts import TEMPLATES, WORDING
+from dsft.prompts import HARNESS, TEMPLATES, WORDING
 from dsft.study import DataParams, EvalParams, load_study
 
 ROOT = Path(__file__).parents[1]
@@ -556,7 +556,7 @@ def shot_files(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize(("name", "prompt"), [*((name, "dsft") for name in BENCHMARKS), *((name, "harness") for name in tasks.HARNESS)])
+@pytest.mark.parametrize(("name", "prompt"), [*((name, "dsft") for name in BENCHMARKS), *((name, "harness") for name in HARNESS)])
 def test_no_prompt_holds_the_item_that_it_asks(data_dir, tmp_path, name, prompt, k):
     """Over all items, by lm-eval's own prompts with k examples; what is asked stands there once or, of XNLI in lm-eval's way, only in the choices."""
     shot_files(data_dir, name)
