@@ -253,6 +253,8 @@ def test_arguments_of_hflm_are_heard():
     other = SharedContextLM(pretrained=model, tokenizer=tokenizer, prefix_token_id=7)
     assert other._encode_pair("", "b")[0] == [7] and other._encode_pair("a", "b")[0] == prompt_ids(tokenizer, ["a"])[0]
     assert other.tok_encode("a", add_special_tokens=False) == text_ids(tokenizer, ["a"])[0]
+    with pytest.raises(ParamsError, match="without a chat template; use lm-eval's own hf"):  # whose special tokens would be text
+        other.apply_chat_template([{"role": "user", "content": "a"}])
 
 
 def test_an_eos_that_is_not_marked_as_special_is_one():
