@@ -317,7 +317,7 @@ def test_model_init_may_depend_on_the_trial(tmp_path):
 def test_a_search_over_hyperparameters(tmp_path):
     pytest.importorskip("optuna")
     args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
-    trainer = DSFTTrainer(None, args, tiny.SUPERVISIONS["logits"], train_dataset=tiny.data(), eval_dataset=tiny.data(4), model_init=tiny.model)
+    trainer = DSFTTrainer(None, args, tiny.SUPERVISIONS["logits"], train_dataset=tiny.data(), eval_dataset=tiny.data(4), model_init=lambda: tiny.model())
     best = trainer.hyperparameter_search(lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=2, backend="optuna")
     assert best.objective > 0 and set(best.hyperparameters) == {"learning_rate"}
     with pytest.raises(ValueError, match="does not support label_smoothing_factor = 0.5"):
