@@ -121,9 +121,9 @@ def risen(curve: Sequence[float]) -> int:
     return next(k for k in range(1, len(curve)) if curve[k] >= half - 1e-9)  # less what rounding may do
 
 # %% ../nbs/15_selection.ipynb #58efa151
-def _best_inside(curve: Sequence[float]) -> int:
-    """The first layer of 2, ..., L - 1 with the highest value of a curve [L + 1]."""
-    return max(range(2, len(curve) - 1), key=lambda k: curve[k])
+def _best_inside(curve: Sequence[float], above: int = 1) -> int:
+    """The first of the layers above a layer and below L with the highest value of a curve [L + 1]."""
+    return max(range(above + 1, len(curve) - 1), key=lambda k: curve[k])
 
 
 class Choice(NamedTuple):
@@ -155,10 +155,10 @@ def by_english(curves: Curves) -> Choice:
 
 
 def by_retrieval(curves: Curves) -> Choice:
-    """j where retrieval is best inside, i where it has risen below that; rests on a retrieval that is better there than at the embeddings."""
+    """i where retrieval has risen, j where it is best above i; rests on a retrieval that is better there than at the embeddings."""
     retrieval = curves.retrieval
-    j = _best_inside(retrieval)
-    i = min(risen(retrieval), j - 1)
+    i = min(risen(retrieval), len(retrieval) - 3)
+    j = _best_inside(retrieval, above=i)
     told = f"retrieval of parallel queries: {retrieval[0]:.2f} at the embeddings, {retrieval[i]:.2f} at layer {i}, {retrieval[j]:.2f} at layer {j}"
     return Choice("retrieval", i, j, retrieval[j] > retrieval[0], told)
 

@@ -140,7 +140,8 @@ def test_the_english_rule(english, target, retrieval, expected):
         ([0.0, 0.1, 0.2, 0.5, 0.6, 0.7, 0.9, 0.8, 0.3], (3, 6, True)),
         ([0.0, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9], (1, 2, True)),  # ties: the lowest
         ([0.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 1.0], (6, 7, True)),  # i and j one layer apart; best at the output, which does not count
-        ([0.5, 0.4, 0.3, 0.45, 0.3, 0.2, 0.1, 0.1, 0.1], (2, 3, False)),  # it only falls
+        ([0.0, 0.1, 0.1, 0.2, 0.6, 0.3, 0.6, 0.5, 0.2], (4, 6, True)),  # a jump as high as what comes after it: i is where it has risen, j above
+        ([0.5, 0.4, 0.3, 0.45, 0.3, 0.2, 0.1, 0.1, 0.1], (3, 4, False)),  # it only falls
     ],
 )
 def test_the_retrieval_rule(retrieval, expected):
