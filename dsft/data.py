@@ -175,8 +175,8 @@ def _all_pairs(data: DataParams, lang: str, seed: int) -> tuple[list[Pair], list
         pairs, held_out = _microcosm_pairs(data, lang, seed)
         report = {"tables": {}, "join": "parallel by construction", "examples": len(pairs), "dropped": []}
     if data.held_out and not (pairs and held_out):
-        which = f"all {len(held_out)} examples that can be used in {lang!r} are held out; lower it" if held_out else f"no example that can be used in {lang!r} is held out; raise it"
-        raise ParamsError(f"data.held_out = {data.held_out}: {which}")
+        which, remedy = (f"all {len(held_out)} examples", "lower") if held_out else ("none of the examples", "raise")
+        raise ParamsError(f"data.held_out = {data.held_out}: {which} that can be used in {lang!r} are held out; {remedy} it")
     return pairs, held_out, report
 
 # %% ../nbs/12_data.ipynb #be6a7db9

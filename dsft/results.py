@@ -292,7 +292,7 @@ def _completed(items: pd.DataFrame) -> pd.DataFrame:
 
 
 def _item_scores(run: Run, prompt: str) -> pd.DataFrame:
-    """The items of one run that were asked with `prompt`: dataset, lang, id, cluster, value (percent but for bits a byte), the metric that it is a value of, and bits a byte."""
+    """The items of one run that were asked with `prompt`: dataset, lang, id, cluster, value (percent but for bits a byte), its metric, and bits a byte."""
     metrics = {(s.dataset, s.lang): s.metric for s in reversed(read_of_run(run, "metrics.json", Metrics).scores)}
     path = run.folder / "samples.jsonl"
     try:
@@ -309,8 +309,9 @@ def load_item_scores(study: Study, prompt: str | None = None) -> pd.DataFrame:
     """The score of every single item in every run (percent, of instructions bits a byte), with the columns `ITEM_COLUMNS`; as long as the benchmarks together.
 
     From the samples.jsonl beside each metrics.json, else from the committed items.parquet; `prompt` and errors as in `load_results`. `metric` is
-    the first that metrics.json names for the benchmark: the one that is a mean over items. `bits_per_byte` is that of the right answer, NaN where there is none or it is not known.
-    Values have the precision of items.parquet, 32-bit floats, wherever they come from, so that both give the same intervals. Words but for `id` and `cluster` are categories.
+    the first that metrics.json names for the benchmark: the one that is a mean over items. `bits_per_byte` is that of the right answer, NaN where there
+    is none or it is not known. Values have the precision of items.parquet, 32-bit floats, wherever they come from, so that both give the same intervals.
+    Words but for `id` and `cluster` are categories.
     """
     finished = finished_runs(study)
     parts = [_item_scores(run, prompt or study.evaluation.prompt[0]) for run in finished]
@@ -325,7 +326,7 @@ def in_percent(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_bits(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `load_results` that are bits a byte; or the items of `load_item_scores` with bits a byte in the place of their score, without those that have none."""
+    """The rows of `load_results` that are bits a byte; or the items of `load_item_scores` that have them, in the place of their score."""
     if BITS in table:
         table = table.assign(metric=BITS, value=table[BITS])
     return table[table["metric"].eq(BITS) & table["value"].notna()]

@@ -192,7 +192,7 @@ GAIN_COLUMNS = ["model", "target", "method", "baseline", "gain", "low", "high", 
 def gains(items: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
     """What a method gains over another, averaged over the benchmarks of Tables 1 and 2; a row for each pair (method, baseline), model and target language.
 
-    `items` as from `load_item_scores`, asked in the target language. Columns `GAIN_COLUMNS`: gain in points (or in bits a byte, by so many fewer), low and high of its 95 % interval, p and
+    `items` as from `load_item_scores`, asked in the target language. Columns `GAIN_COLUMNS`: gain in points (or by how many bits fewer), low and high of its 95 % interval, p and
     p_holm (corrected over the rows), all four NaN below three seeds. A pair that did not run there on every benchmark has no row.
     """
     rows = []
