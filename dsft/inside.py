@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import find_backbone, hidden_states
+from .backbone import find_backbone, hidden_states, max_positions
 from .data import prompt_ids, text_ids
 from .files import ParamsError, read_rows
 from .metrics import BENCHMARKS
@@ -225,7 +225,7 @@ def base_curves(
 
     `examples` are parallel ones, texts in the columns x_tgt, y_tgt, x_en, y_en; their queries are what `retrieval` is about.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or 2048
+    longest = max_positions(model.config) or 2048
     row = lambda side, n: {"prompt": examples[f"x_{side}"][n], "answers": [examples[f"y_{side}"][n]]}
     queries = [{side: tokenize_question(tokenizer, row(side, n), longest) for side in ("tgt", "en")} for n in range(len(examples["x_en"]))]
     facts = tokenize_clozes(tokenizer, parallel_clozes(study, lang), limit)
@@ -246,7 +246,7 @@ def look_inside(
     pictures: en and tgt, float16 [N, 2, hidden_size], of the middle and the last layer; none where there are no items.
     """
     name, items = parallel_questions(study, lang, limit)
-    longest = getattr(model.config, "max_position_embeddings", None) or 2048
+    longest = max_positions(model.config) or 2048
     questions = [{side: tokenize_question(tokenizer, row, longest) for side, row in item.items()} for item in items]
     differing, facts = distinct(questions), tokenize_clozes(tokenizer, parallel_clozes(study, lang), limit)
     curves, pooled = language_curves(model, differing), {}
