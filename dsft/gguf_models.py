@@ -163,7 +163,7 @@ def read_gguf(file: Path, field: str = "") -> tuple[PreTrainedModel, PreTrainedT
         raise ParamsError(f"{shown}: no such file; give a GGUF file, or a model on the hub by `path`")
     given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        model, tokenizer = _plain(AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)), AutoTokenizer.from_pretrained(**given)
+        model, tokenizer = _plain(load_model(AutoModelForCausalLM, str(file.parent), gguf_file=file.name, dtype=torch.float32)), AutoTokenizer.from_pretrained(**given)
     except Exception as error:  # of many kinds: no GGUF, an architecture or a tokenizer that transformers does not know
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise ParamsError(f"{shown}: transformers cannot read it: {why}; get another file, or a model on the hub by `path`") from None

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .files import ParamsError, load_model, write_json
+from .files import ParamsError, load_model, replacing, write_json
 from .losses import LossPath, Term, dsft_loss, loss_sums, term_gradient_norms
 from .methods import Supervision
 
@@ -77,10 +77,11 @@ def example_names(dataset: Any, batch: dict[str, Tensor]) -> list[str]:
 # %% ../nbs/18_not_finite.ipynb #b3fd8646
 def keep(folder: Path, batches: Sequence[dict[str, Tensor]], supervisions: Sequence[Supervision], **told: Any) -> None:
     """Write batches, and what is `told` of them (JSON values): of that `replay` reads path, autocast (no, bf16 or fp16) and attention."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{n}.{name}": t.detach().cpu().contiguous() for n, batch in enumerate(batches) for name, t in batch.items()}
-    save_file(tensors, folder / "batches.safetensors")
-    write_json(folder / "stopped.json", told | {"supervisions": [asdict(s) for s in supervisions]})
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        save_file(tensors, temporary / "batches.safetensors")
+        write_json(temporary / "stopped.json", told | {"supervisions": [asdict(s) for s in supervisions]})
 
 # %% ../nbs/18_not_finite.ipynb #4ef4fbd3
 def _kept_batches(folder: Path) -> list[dict[str, Tensor]]:

@@ -28,8 +28,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .benchmark_items import SOURCES, STORY_HEADER, load_benchmark
-from .files import ParamsError, project_root, replacing, write_json, write_jsonl
+from .files import ParamsError, project_root, replacing, write_json
 from .languages import base_code, flores_code, language_name
+from .microcosm import MASK
 from .settings import Table, read_settings
 from .study import Study, load_study
 from .tables import open_table
@@ -255,7 +256,7 @@ def _first_rows(study: Study) -> dict[str, list[dict[str, Any]]]:
 
 def rehearse_data(study: Study, folder: Path, online: bool, tell: Tell) -> dict[str, Any]:
     """The fields of the data that change."""
-    data, items = study.data, {"items": STEPS * ITEMS}
+    data, items = study.data, {"items": STEPS * ITEMS, "held_out": min(study.data.held_out, ITEMS)}
     hub = [table.shown for table in data.files.values() if table.hub]
     absent = [table.path for table in data.files.values() if table.path and not (project_root() / table.path).is_file()]
     if not (hub or absent):
@@ -339,6 +340,11 @@ def rehearse_evaluation(study: Study, folder: Path, online: bool, tell: Tell) ->
     if evaluation.backend != "hf":
         changed |= {"backend": "hf", "backend_args": {}}
         tell(f"evaluation.backend: hf in place of {evaluation.backend}")
+    if evaluation.facts:
+        for lang in ("en", *study.languages):
+            _write_text(folder / "facts" / f"{lang}.tsv", ["Prompt\tAns", *(f"{sentence(lang, n)} {MASK}\t{place(lang, n)}" for n in range(ITEMS))])
+        changed["facts"] = f"{(folder / 'facts').relative_to(project_root())}/{{lang}}.tsv"
+        tell(f"evaluation.facts: made-up files in place of {evaluation.facts}")
     if evaluation.source == "microcosm":
         return changed
     if why := _unreachable(study, online):

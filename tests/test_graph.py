@@ -66,7 +66,7 @@ def project(tmp_path_factory) -> Path:
     project.mkdir()
     tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in tracked.splitlines():
-        if name.split("/")[0] in ("Makefile", "Snakefile", "settings.ini", "dsft", "models", "nbs", "params") and (ROOT / name).is_file():
+        if name.split("/")[0] in ("Makefile", "Snakefile", "settings.ini", "constraints.txt", "setup.py", "dsft", "models", "nbs", "params") and (ROOT / name).is_file():
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, project / name)
     (project / ".venv").mkdir()

@@ -29,14 +29,15 @@ def rehearse(project: Path, name: str) -> str:
     """The path of a study's rehearsal, written."""
     file = project / "runs" / "rehearsal" / f"{name}.yaml"
     content = rehearsed(name, file.parent / "stand-ins" / name, lambda line: None)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     return str(file)
 
 
 SIZES = {  # what may differ
-    "data": {"items", "files"},
+    "data": {"items", "files", "held_out"},
     "train": {"max_steps", "batch_size", "per_device_batch_size", "logging_steps", "save_steps", "launch"},
-    "evaluation": {"items", "batch_size", "max_new_tokens", "max_translation_tokens", "device", "source", "data_dir"},
+    "evaluation": {"items", "batch_size", "max_new_tokens", "max_translation_tokens", "device", "source", "data_dir", "facts"},
 }
 
 

@@ -78,7 +78,7 @@ def test_a_second_time_nothing_is_done(finished):
         ({"layers": {"i": 3, "j": 3}}, "layers: layer i = 3 must lie below layer j = 3"),
         ({"layers": {"i": 1, "j": 9}}, "layers.j = 9: mini-llama has layers 1 to 4"),
         ({"learning_rate": 1}, "learning_rate = 1: unknown field"),
-        ({"data": {"source": "files", "files": {"en": "none.json", "zh": "none.json"}}}, "data.files.en = 'none.json': no such file"),
+        ({"data": {"source": "files", "files": {"en": "none.json", "zh": "none.json"}, "held_out": 1}}, "data.files.en = 'none.json': no such file"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, changes, told):
@@ -94,5 +94,5 @@ def test_data_that_are_not_parallel_are_one_line(tmp_path):
         items = [{"instruction": "?", "input": "", "output": "!"}] * count
         (tmp_path / f"{lang}.json").write_text(json.dumps(items), encoding="utf-8")
     files = {lang: str(tmp_path / f"{lang}.json") for lang in ("en", "zh")}
-    result = make(write_study(tmp_path, "lopsided", data={"source": "files", "files": files}))
+    result = make(write_study(tmp_path, "lopsided", data={"source": "files", "files": files, "held_out": 1}))
     assert result.returncode != 0 and "not parallel" in result.stdout and not (tmp_path / "runs").exists()

@@ -87,7 +87,7 @@ def test_a_study_killed_three_times_leaves_the_same_to_the_bit(killed):
     assert hit.keys() == {"training", "checkpoint", "evaluation"} and not report["not_hit"]
     assert all("dsft_feature" in path for path in hit["checkpoint"]["writing"])
     assert all(not found["different"] for found in report["compared"].values()), report["compared"]
-    assert {kind: found["files"] // report["passes"] for kind, found in report["compared"].items()} == {"weights": 3, "metrics": 2, "samples, logs and reports": 12, "tables": 6, "figures": 0}
+    assert {kind: found["files"] // report["passes"] for kind, found in report["compared"].items()} == {"weights": 3, "metrics": 2, "samples, logs and reports": 11, "tables": 6, "figures": 0}
     log = read_rows(folder / "disturbed1" / "runs" / "small" / "m" / "zh" / "dsft_feature" / "seed0" / "train_log.jsonl")
     assert [entry["step"] for entry in log] == [*range(1, 9)] and log[-1]["loss_lc"] > 0
 
@@ -645,7 +645,7 @@ def test_no_pickle_no_remote_code_no_shell():
             assert called not in ("torch.load", "pickle.load", "pickle.loads", "joblib.load", "pd.read_pickle", "dill.load", "os.popen", "eval", "exec", "yaml.unsafe_load"), f"{name}: {called}"
             assert called != "os.system" and given.get("shell") != "True", f"{name}: a shell"
             assert given.get("trust_remote_code", "False") == "False" and given.get("allow_pickle", "False") == "False", f"{name}: {ast.unparse(node)[:100]}"
-            assert called != "yaml.load" or "_UniqueKeys" in ast.unparse(node), f"{name}: {ast.unparse(node)[:100]}"
+            assert called != "yaml.load" or "_StrictLoader" in ast.unparse(node), f"{name}: {ast.unparse(node)[:100]}"
             assert test or not called.startswith("pickle."), f"{name}: {called}"
     snakefile = (ROOT / "Snakefile").read_text(encoding="utf-8")
     assert not re.search(r"pickle|torch\.load|trust_remote_code|os\.system|shell\s*=\s*True", snakefile)
@@ -674,6 +674,7 @@ def test_every_result_cache_and_figure_is_written_whole_or_not_at_all():
     assert found == {
         "dsft/generation.py: file.open('a', encoding='utf-8')",  # line by line, each with its checksum
         "dsft/kernels.py: open(self.orders, 'w')",  # a pipe
+        "dsft/gguf_models.py: target.open('wb')",  # a name of `replacing`
         "dsft/kernels.py: json.dump({'arguments': arguments, 'env': env or dict(os.environ), 'cwd': cwd}, orders)",
     }
 
