@@ -326,7 +326,7 @@ def _unreachable(study: Study, online: bool) -> str:
     if not online:
         return "the hub is out of reach"
     try:
-        for name, lang in product(evaluation.benchmarks, ("en", *study.languages)):
+        for name, lang in product((name for name in evaluation.benchmarks if name in SOURCES), ("en", *study.languages)):
             load_benchmark(name, lang, evaluation)
     except ParamsError as error:
         return str(error)
@@ -348,7 +348,7 @@ def rehearse_evaluation(study: Study, folder: Path, online: bool, tell: Tell) ->
     if evaluation.source == "microcosm":
         return changed
     if why := _unreachable(study, online):
-        write_benchmarks(evaluation.benchmarks, study.languages, folder)
+        write_benchmarks([name for name in evaluation.benchmarks if name in SOURCES], study.languages, folder)
         changed |= {"source": "files", "data_dir": str(folder.relative_to(project_root()))}
         tell(f"evaluation.source: made-up files in the benchmarks' own formats ({why})")
     if "flores" in evaluation.benchmarks:
