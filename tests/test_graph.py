@@ -219,7 +219,7 @@ def test_the_paper_is_planned_for_slurm():
     planned = subprocess.run(
         ["snakemake", "--profile", "params/profiles/slurm", "--config", "study=llama2-7b", "--dry-run", "--quiet", "host"], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    jobs = re.findall(r"^rule (\w+):(.*?)\n\n", planned.stdout + "\n", re.MULTILINE | re.DOTALL)
+    jobs = re.findall(r"^rule (\w+):(.*?)(?=^\[|^rule |\Z)", planned.stdout, re.MULTILINE | re.DOTALL)
     asked = {name: re.search(r"resources: (.*)", text)[1] for name, text in jobs if "resources" in text}
     assert "mem_mb=256000" in asked["train"] and "runtime=2880" in asked["train"] and "gpu=8" in asked["train"]
     assert "gpu=1" in asked["evaluate"] and "mem_mb=8000" in asked["table1"] and "gpu" not in asked["table1"]
