@@ -26,7 +26,7 @@ import transformers
 from fastcore.script import call_parse
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .files import ParamsError, exclusive, project_root, replacing, write_json
+from .files import ParamsError, exclusive, load_model, project_root, replacing, write_json
 
 # %% ../nbs/32_gguf_models.ipynb #ee537468
 class Manifest(NamedTuple):

@@ -225,7 +225,7 @@ def hub_in_reach() -> bool:
 
 def _deepest(study: Study) -> int:
     """The highest layer that the study names."""
-    fixed = [] if study.layers == "entropy" else [study.layers.j]
+    fixed = [] if isinstance(study.layers, str) else [study.layers.j]
     return max([1, *fixed, *(s.layer for method in study.every_method.values() for s in method.supervisions if isinstance(s.layer, int))])
 
 # %% ../nbs/31_rehearsal.ipynb #e71cdb68
@@ -233,7 +233,7 @@ def rehearse_models(study: Study, folder: Path, online: bool, tell: Tell) -> dic
     """Model -> its part of the file: narrow models in `folder`, and short pretraining for a base that is not there yet."""
     models = {}
     for name, params in study.models.items():
-        if params.pretrain and not Path(study.base(name)).is_dir():
+        if params.pretrain and not (params.path and Path(study.base(name)).is_dir()):
             recipe = params.pretrain
             models[name] = {"pretrain": recipe.model_dump(exclude_unset=True) | {"tokens": STEPS * recipe.batch_size * recipe.row_length}}
             tell(f"models.{name}: pretrained for {STEPS} steps")
