@@ -41,7 +41,7 @@ study-plan: .venv/installed
 
 # The whole study small, to its last table, on the CPU: before days on rented GPUs.
 rehearse: .venv/installed
-	@file=$$(dsft_rehearse $(call quoted,$(STUDY))) && CUDA_VISIBLE_DEVICES= PATH="$$PWD/runs/rehearsal/bin:$$PATH" $(MAKE) --no-print-directory study PROFILE=local STUDY="$$file"
+	@file=$$(dsft_rehearse $(call quoted,$(STUDY))) && CUDA_VISIBLE_DEVICES= PATH="$$PWD/runs/rehearsal/bin:$$PATH" $(MAKE) --no-print-directory study PROFILE=local STUDY="$${file#"$$PWD"/}"
 
 test: .venv/installed
 	bash tests/in_step.sh
