@@ -31,7 +31,8 @@ def start(folder: Path, code: str, **environment: str) -> subprocess.Popen:
     """Execute a notebook of one cell in `folder`; its executed copy is out.ipynb."""
     nbformat.write(new_notebook(cells=[new_code_cell(code)], metadata={"kernelspec": {"name": "python3", "display_name": ""}}), folder / "in.ipynb")
     command = [sys.executable, "-m", "dsft.kernels", folder / "in.ipynb", folder / "out.ipynb", "--no-progress-bar"]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell in the background passes on that it is not
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, preexec_fn=heard)
 
 
 def soon(true: Callable[[], bool], seconds: float = 60) -> bool:
