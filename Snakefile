@@ -182,7 +182,7 @@ def texts_of_the_study():
     """What decides about the texts that the study's models read and are to say."""
     data, evaluation = {"source", "files", "join", "template"}, {"source", "data_dir", "splits", "benchmarks", "prompt"}
     parts = study.model_dump(mode="json", include={"languages": True, "data": data, "evaluation": evaluation})
-    return parts, contents(path for lang in study.languages for path in [*study.data_files(lang), *benchmark_files(lang), *study.evaluation.facts_files(lang)])
+    return parts, contents(path for lang in study.languages for path in [*study.layer_files(lang), *benchmark_files(lang)])
 
 
 BASE_STEPS = {  # notebook that makes a base model -> what it depends on besides the step before it
@@ -269,7 +269,7 @@ rule select_layers:
         **needs((4_000, 60, 0), (64_000, 240, 0)),
     params:
         spec=study.model_dump(mode="json", include={"layers": True, "data": True, "evaluation": {"source", "facts"}}),
-        files=lambda w: contents([*study.data_files(w.lang), *study.evaluation.facts_files(w.lang)]),
+        files=lambda w: contents(study.layer_files(w.lang)),
         base=lambda w: found_base(w.model),
         code=code("nbs/experiments/select_layers.ipynb"),
     shell:

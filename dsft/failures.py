@@ -49,9 +49,9 @@ def _in_log(file: Path) -> Failure:
 # %% ../nbs/30_failures.ipynb #48dbc864
 def _logs(study: Study) -> Iterator[Path]:
     """What the jobs of a study leave of themselves, where their result is missing; of the analyses everything."""
-    for model, params in study.models.items():
-        if params.pretrain and not (Path(study.base(model)) / "config.json").exists():
-            yield study.folder(model, "pretrain.ipynb")
+    for model in study.models:
+        steps = study.base_steps(model).items()
+        yield from (study.folder(model, f"{step}.ipynb") for step, made in steps if not (Path(made) / "config.json").exists())
     runs, trainings = study.all_runs(), study.all_trainings()
     jobs = [(run.layers_file, "select_layers.ipynb") for run in runs] + [(run.folder / "metrics.json", "evaluate.ipynb") for run in runs]
     jobs += [(run.training_folder / "train_log.jsonl", f"train.{kind}") for run in trainings for kind in ("ipynb", "log")]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone, hidden_states, max_positions
 from .data import prompt_ids, text_ids
-from .files import ParamsError, read_rows
+from .files import ParamsError, read_lines, read_rows
 from .metrics import BENCHMARKS
 from .microcosm import MASK, World
 from .phrasebook import LANGUAGES
@@ -126,7 +126,7 @@ def read_clozes(file: Path) -> list[dict[str, str]]:
 
     Raises `ParamsError`, one line, for a file that is not like this.
     """
-    header, *lines = [line.rstrip("\r").split("\t") for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()] or [[]]
+    header, *lines = [line.split("\t") for line in read_lines(file) if line.strip()] or [[]]
     if header[:2] != ["Prompt", "Ans"]:
         raise ParamsError(f"{file}: the first line must name the columns, beginning with Prompt and Ans; replace the file")
     for n, cells in enumerate(lines, start=2):

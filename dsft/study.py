@@ -21,9 +21,8 @@ from fastcore.basics import patch
 from filelock import FileLock
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
-from dsft.files import (
-    PACKAGE, ParamsError, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by, project_root, replacing, versions,
-)  # fmt: skip
+from .files import PACKAGE, ParamsError, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by
+from .files import project_root, replacing, versions
 from .languages import base_code, nearest
 from .methods import Method, Part, Stage, method_from_name
 from .metrics import INSTRUCTIONS
@@ -144,6 +143,12 @@ def asked_folder(self: Study, lang: str) -> Path:
 def data_files(self: Study, lang: str) -> list[Path]:
     """The files of the parallel data in a language and in English."""
     return [located(table.path) for name, table in self.data.files.items() if table.path and name in ("en", lang)]
+
+
+@patch
+def layer_files(self: Study, lang: str) -> list[Path]:
+    """The files that the layers of a language are chosen from: its data and its cloze facts."""
+    return [*self.data_files(lang), *self.evaluation.facts_files(lang)]
 
 # %% ../nbs/10_study.ipynb #f4c53314
 @patch
@@ -437,7 +442,7 @@ def check_inputs(self: Run) -> None:
     """Refuse layers or rows of recipes that were made from other data or another base model. Raises `ParamsError`, one line."""
     base = {"base_sha256": sha} if (sha := digest(self.base)) else {}
     for needed, result, record, files in (
-        (self.method.supervisions, self.layers_file, "layers_provenance.json", contents(self.study.data_files(self.lang))),
+        (self.method.supervisions, self.layers_file, "layers_provenance.json", contents(self.study.layer_files(self.lang))),
         (self.method.recipes, self.recipe_rows, "recipe_rows_report.json", self.data_files),
     ):
         if needed and (report := result.with_name(record)).is_file():

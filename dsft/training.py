@@ -29,9 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .backbone import max_positions
 from .data import parallel_pairs, pattern_rows, rows_digest, tokenize
-from dsft.files import (
-    ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance, read_rows, replacing, seal, write_json, write_jsonl, writing,
-)  # fmt: skip
+from .files import ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance
+from .files import read_rows, replacing, seal, write_json, write_jsonl, writing
 from .methods import Lora, Part, Stage
 from .prompts import TEMPLATES
 from .settings import one_line

@@ -96,7 +96,7 @@ def test_a_run_of_a_study_on_two_processes(tmp_path, base, on_two, engine):
     dsft.training.train(str(alone))
     for path in (on_two(engine) / "study.yaml", alone):
         run = load_study(path).run("tiny", "zh", "dsft_logits", 0)
-        assert sorted(p.name for p in run.training_folder.iterdir() if not p.name.startswith(".")) == ["data_report.json", "model", "train_log.jsonl"]
+        assert sorted(p.name for p in run.training_folder.iterdir()) == [".train.lock", "data_report.json", "model", "train_log.jsonl"]
         saved.append(AutoModelForCausalLM.from_pretrained(run.trained).state_dict())
     assert tiny.largest_difference(*saved) < 1e-4  # AdamW's first steps are signs: rounding counts where a gradient is almost 0
 

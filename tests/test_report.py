@@ -425,8 +425,10 @@ def test_passages_of_two_benchmarks_are_not_one_cluster(measured):
 
 @pytest.mark.parametrize("load", [load_results, load_item_scores, load_entropy])
 def test_neither_runs_nor_tables(project, load):
-    with pytest.raises(FileNotFoundError, match="study nowhere: neither finished runs nor a committed .*; make them with: make study STUDY=") as error:
-        load(load_study("toy").model_copy(update={"name": "nowhere"}))
+    with pytest.raises(FileNotFoundError, match="study nowhere: neither finished runs nor a committed .*; make them with: make study STUDY=nowhere$") as error:
+        study = load_study("toy").model_copy(update={"name": "nowhere"})
+        study._file = "nowhere"
+        load(study)
     assert "\n" not in str(error.value)
 
 

@@ -28,7 +28,7 @@ from faults import Point, compare, draw, study_faults
 
 from dsft.checks import check
 from dsft.data import parallel_pairs
-from dsft.files import SUMS, ParamsError, clear_temporary, damage, digest, exclusive, hold, python_code, read_rows, replacing, seal, write_json, write_jsonl, writing
+from dsft.files import SUMS, ParamsError, clear_temporary, contents, damage, digest, exclusive, hold, python_code, read_rows, replacing, seal, write_json, write_jsonl, writing
 from dsft.generation import resumable_map
 from dsft.report import headline
 from dsft.results import check_records
@@ -290,6 +290,20 @@ def exchange_base(study: Study) -> None:
 def exchange_data(study: Study) -> None:
     file = Path(study.data.files["zh"].path)
     file.write_text(file.read_text().replace("那是", "这是"))
+
+
+def test_layers_chosen_from_cloze_facts_belong_to_these_facts(on_files, tmp_path):
+    """What select_layers writes down of its files is what a training compares them with."""
+    for lang in ("en", "zh"):
+        (tmp_path / f"{lang}.tsv").write_text("Prompt\tAns\nA <mask>\tB\n", encoding="utf-8")
+    study = on_files.model_copy(update={"evaluation": on_files.evaluation.model_copy(update={"facts": f"{tmp_path}/{{lang}}.tsv"})})
+    run = prepared(study)
+    assert [file.name for file in study.layer_files("zh")][-2:] == ["en.tsv", "zh.tsv"]
+    write_json(run.layers_file.with_name("layers_provenance.json"), {"files": contents(study.layer_files("zh"))})
+    run.check_inputs()
+    (tmp_path / "zh.tsv").write_text("Prompt\tAns\nA <mask>\tC\n", encoding="utf-8")
+    with pytest.raises(ParamsError, match=r"layers.json: made from other inputs than are there now \(files\); delete it"):
+        run.check_inputs()
 
 
 @pytest.mark.parametrize(("exchange", "told"), [(exchange_base, "base_sha256"), (exchange_data, "files")])
@@ -643,10 +657,10 @@ def test_no_pickle_no_remote_code_no_shell():
         for called, node in calls(tree):
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert called not in ("torch.load", "pickle.load", "pickle.loads", "joblib.load", "pd.read_pickle", "dill.load", "os.popen", "yaml.unsafe_load"), f"{name}: {called}"
-            assert test or called not in ("eval", "exec"), f"{name}: {called}"
+            assert called not in ("eval", "exec") or name == "tests/test_analysis.py", f"{name}: {called}"  # it runs a part of the Snakefile
             assert called != "os.system" and given.get("shell") != "True", f"{name}: a shell"
             assert given.get("trust_remote_code", "False") == "False" and given.get("allow_pickle", "False") == "False", f"{name}: {ast.unparse(node)[:100]}"
-            assert called != "yaml.load" or "_StrictLoader" in ast.unparse(node) or "yaml.BaseLoader" in ast.unparse(node), f"{name}: {ast.unparse(node)[:100]}"
+            assert called != "yaml.load" or "_StrictLoader" in ast.unparse(node) or (test and "yaml.BaseLoader" in ast.unparse(node)), f"{name}: {ast.unparse(node)[:100]}"
             assert test or not called.startswith("pickle."), f"{name}: {called}"
     snakefile = (ROOT / "Snakefile").read_text(encoding="utf-8")
     assert not re.search(r"pickle|torch\.load|trust_remote_code|os\.system|shell\s*=\s*True", snakefile)
