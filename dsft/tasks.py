@@ -241,12 +241,12 @@ def _real_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str], Spli
 
 # %% ../nbs/23_tasks.ipynb #4c654b3a
 def _instruction_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str], Splits]:
-    """The rows of the held-out instruction data, the answer of each as its only choice. Raises ParamsError where there are none."""
+    """The rows of the held-out instruction data, the answer of each as its only choice; none where none are held out."""
     rows = []
     for pair in held_out_pairs(study.data, lang):
         prompt, answer = say(PATTERNS["tgt"][0], example_fields(pair, lang), TEMPLATES[study.data.template])
         rows.append({"id": pair.id, "cluster": pair.target.get("relation", pair.id), "lang": lang, "asked": prompt, "prompt": prompt, **_only(answer)})
-    return {(lang, "dsft"): {"test": rows}}
+    return {(lang, "dsft"): {"test": rows}} if rows else {}
 
 # %% ../nbs/23_tasks.ipynb #09cdb432
 def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]:
@@ -332,20 +332,20 @@ def _compare_ids(lm: LM, tokenizer: PreTrainedTokenizerBase, prompt: str, params
         print(f"evaluation.backend = {params.backend!r}: not the token ids of training: {shown}; see add_bos_token of lm-eval's backend, for backend_args")
 
 # %% ../nbs/23_tasks.ipynb #73cc4973
-def _check_lengths(lm: LM, tasks: list[Task]) -> None:
-    """Refuse what cannot be asked at all, or leave it out of the instruction data."""
-    if not hasattr(lm, "tokenizer"):
-        return
+def _check_lengths(lm: LM, tasks: list[Task]) -> dict[str, list[int]]:
+    """Refuse what cannot be asked at all. Of instruction data: the numbers of the rows that can be asked, by the name of a task of which some cannot."""
+    fitting = {}
     length = cache(lambda choice: len(lm.tok_encode(choice)))  # many items have the same choices
-    for task in tasks:
+    for task in tasks if hasattr(lm, "tokenizer") else ():
         rows = task.rows
-        too_long = [row for row in rows if any(length(choice) > lm.max_length for choice in row.get("choices") or ())]
-        if too_long and (task.dataset != INSTRUCTIONS or len(too_long) == len(rows)):
+        fits = [all(length(choice) <= lm.max_length for choice in row.get("choices") or ()) for row in rows]
+        if not all(fits) and (task.dataset != INSTRUCTIONS or not any(fits)):
             why = f"a choice is longer than the {lm.max_length} positions of the model; remove the item"
-            raise ParamsError(f"{task.name}: item {too_long[0]['id']}: {why}")
-        if too_long:
-            write_jsonl(task.files["test"], [row for row in rows if row not in too_long])
-            print(f"{task.name}: {len(too_long)} of {len(rows)} answers are longer than the {lm.max_length} positions of the model and are left out")
+            raise ParamsError(f"{task.name}: item {rows[fits.index(False)]['id']}: {why}")
+        if not all(fits):
+            fitting[task.name] = [n for n, fit in enumerate(fits) if fit]
+            print(f"{task.name}: {fits.count(False)} of {len(rows)} answers are longer than the {lm.max_length} positions of the model and are left out")
+    return fitting
 
 # %% ../nbs/23_tasks.ipynb #e7b39803
 def _fits(lm: LM, context: str, continuation: str | dict[str, Any]) -> bool:
@@ -373,7 +373,7 @@ def _chosen(metric: str, logged: dict[str, Any]) -> dict[str, Any]:
     """What lm-eval logged of choices: the likeliest, the right one, the score in [0, 1], the log-likelihood of each, and the bits a byte of the right one."""
     choices, label, likelihoods = logged["doc"]["choices"], logged["doc"]["label"], [float(likelihood) for likelihood, _ in logged["filtered_resps"]]
     best, value = choices[likelihoods.index(max(likelihoods))], round(float(logged[metric]), 6)
-    bits = bits_per_byte(likelihoods[label], logged["arguments"][label][1].removeprefix(" "))
+    bits = logged[BITS] if metric == BITS else bits_per_byte(likelihoods[label], logged["arguments"][label][1].removeprefix(" "))
     rounded = [round(likelihood, 4) for likelihood in likelihoods]
     return {"prediction": best, "reference": choices[label], "value": value, "likelihoods": rounded, BITS: round(bits, 6)}
 
@@ -422,22 +422,23 @@ def _task_scores(task: Task, found: dict[str, float | None], logged: list[dict[s
     ]  # fmt: skip
 
 # %% ../nbs/23_tasks.ipynb #41ab45dc
-def _ask(lm: LM, tasks: list[Task]) -> dict[str, dict[str, Any]]:
-    """What lm-eval reports: "results" and "samples" by the names of the tasks."""
+def _ask(lm: LM, tasks: list[Task], fitting: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
+    """What lm-eval reports: "results" and "samples" by the names of the tasks; `fitting` as from `_check_lengths`."""
     if not tasks:
         return {"results": {}, "samples": {}}
     return simple_evaluate(
         model=lm,
         tasks=[task.name for task in tasks],
         task_manager=TaskManager(include_path=list(dict.fromkeys(str(task.folder) for task in tasks)), include_defaults=False),
+        samples=fitting or None,
         bootstrap_iters=0,
         log_samples=True,
     )
 
 # %% ../nbs/23_tasks.ipynb #21503596
-def _ask_all(lm: LM, tasks: list[Task]) -> dict[str, dict[str, Any]]:
+def _ask_all(lm: LM, tasks: list[Task], fitting: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
     """As `_ask`, in two parts."""
-    parts = [_ask(lm, [task for task in tasks if (task.benchmark.metric == BITS) == only_bits]) for only_bits in (False, True)]
+    parts = [_ask(lm, [task for task in tasks if (task.benchmark.metric == BITS) == only_bits], fitting) for only_bits in (False, True)]
     return {key: parts[0][key] | parts[1][key] for key in ("results", "samples")}
 
 # %% ../nbs/23_tasks.ipynb #0a586538
@@ -487,7 +488,6 @@ def evaluate(
     asked = [*tasks, *gold.values()]
     lm = _by_name(str(model), tokenizer, params) if isinstance(model, (str, Path)) else _in_memory(model, tokenizer, params)
     _compare_ids(lm, tokenizer, TEMPLATES[study.data.template].prompt("a"), params)
-    _check_lengths(lm, asked)
-    report = _ask_all(lm, asked)
+    report = _ask_all(lm, asked, _check_lengths(lm, asked))
     outcomes = [_outcome(task, gold.get(task), lm, report, params) for task in tasks]
     return [score for scores, _ in outcomes for score in scores], [sample for _, samples in outcomes for sample in samples]

@@ -11,6 +11,7 @@ import random
 import re
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -779,7 +780,8 @@ def test_held_out_instructions_are_scored_in_both_languages(tmp_path, in_bytes):
 
 
 def test_held_out_instructions_of_files_whatever_the_benchmarks_come_from(data_dir, tmp_path, in_bytes):
-    rows = {"en": [(f"What is {n} and {n}?", f"That is {2 * n}.") for n in range(20)], "vi": [(f"{n} cộng {n} bằng mấy?", f"Bằng {2 * n} đấy.") for n in range(20)]}
+    """Their answers are scored as they stand, a space at the beginning included."""
+    rows = {"en": [(f"What is {n} and {n}?", f" That is {2 * n}.") for n in range(20)], "vi": [(f"{n} cộng {n} bằng mấy?", f"Bằng {2 * n} đấy.") for n in range(20)]}
     for lang, texts in rows.items():
         (tmp_path / f"{lang}.json").write_text(text([{"instruction": i, "input": "", "output": o} for i, o in texts]), encoding="utf-8")
     study = study_on(data_dir, tmp_path, "instructions", prompt=("dsft", "harness"))
@@ -793,7 +795,8 @@ def test_held_out_instructions_of_files_whatever_the_benchmarks_come_from(data_d
     for lang, found in asked_for.items():
         for key, sample in found.items():
             question, answer = rows[lang][int(key)]
-            assert sample["value"] == pytest.approx(bits(*in_bytes, TEMPLATES["alpaca"].prompt(question), answer), abs=1e-4) and sample["cluster"] == key
+            assert sample["value"] == sample["bits_per_byte"] == pytest.approx(bits(*in_bytes, TEMPLATES["alpaca"].prompt(question), answer), abs=1e-4)
+            assert sample["cluster"] == key
 
 
 def test_an_answer_longer_than_the_model_is_left_out_and_said(tmp_path, in_bytes, capsys):
@@ -802,9 +805,17 @@ def test_an_answer_longer_than_the_model_is_left_out_and_said(tmp_path, in_bytes
         (tmp_path / f"{lang}.json").write_text(text([{"instruction": i, "output": o} for i, o in texts]), encoding="utf-8")
     data = DataParams(source="files", files={lang: str(tmp_path / f"{lang}.json") for lang in rows}, held_out=20, check_language=False)
     study = load_study("smoke").model_copy(update={"runs": str(tmp_path), "data": data, "languages": ("vi",), "evaluation": EvalParams(benchmarks=("instructions",))})
-    (score, other), _ = tasks.evaluate(*in_bytes, study, ("vi", "en"))
-    long = sum(int(pair.id) % 2 for pair in held_out_pairs(data, "vi"))
+    (score, other), samples = tasks.evaluate(*in_bytes, study, ("vi", "en"))
+    held_out = held_out_pairs(data, "vi")
+    long = sum(int(pair.id) % 2 for pair in held_out)
     assert 0 < long < 20 and (score["items"], other["items"]) == (20 - long, 20 - long)
+    asked_for = {sample["id"]: sample["value"] for sample in samples if sample["lang"] == "vi"}
+    short = {pair.id: bits(*in_bytes, pair.target["instruction"] + "\n", pair.target["output"]) for pair in held_out if int(pair.id) % 2 == 0}
+    assert asked_for == pytest.approx(short, abs=1e-3)
+    (task,) = tasks.write_tasks(study, "vi")
+    before = task.files["test"].stat().st_mtime_ns
+    tasks._check_lengths(SimpleNamespace(tokenizer=True, tok_encode=list, max_length=100), [task])
+    assert task.files["test"].stat().st_mtime_ns == before and len(task.rows) == 20  # other models, asked at the same time, read the same file
     assert f"instructions_vi: {long} of 20 answers are longer than the 2048 positions of the model and are left out" in capsys.readouterr().out
 
 
