@@ -566,6 +566,8 @@ STRANGE = [
     ({"models": {"m": {"path": "../elsewhere", "pretrain": {}}}}, "models.m.path = '../elsewhere': must lie in models/"),
     ({"models": {"m": {"path": "models", "pretrain": {}}}}, "models.m.path = 'models': must lie in models/"),
     ({"models": {"m": {"path": "nbs/base", "pretrain": {}}}}, "models.m.path = 'nbs/base': must lie in models/"),
+    ({"models": {"m": {"path": "nbs/base", "gguf": "models/m.gguf"}}}, "models.m.path = 'nbs/base': must lie in models/"),
+    ({"models": {"m": {"path": "${HOME}/base", "gguf": "models/m.gguf"}}}, "must lie in models/"),
     ({"languages": ["../zh"]}, "languages"),
     ({"methods": [{"name": "../tft"}]}, "methods"),
     ({"methods": [{"name": "a/b"}]}, "methods"),
