@@ -55,7 +55,7 @@ class Backbone:
     @property
     def vocab_size(self) -> int:
         """How many token ids the model embeds."""
-        return self.decoder.get_input_embeddings().num_embeddings
+        return len(self.decoder.get_input_embeddings().weight)
 
     def __str__(self) -> str:
         return type(self.lm_model).__name__

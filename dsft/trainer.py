@@ -268,7 +268,7 @@ class DSFTTrainer(Trainer):
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums, counts = self.accelerator.reduce(self._evaluated, "sum")
         if not sums.isfinite().all():
-            self._stop(dataloader, dataloader.dataset, f"{metric_key_prefix}-step{self.state.global_step}", "losses not finite")
+            self._stop(dataloader, dataloader.dataset, f"{metric_key_prefix} after step {self.state.global_step}", "losses not finite")
         losses = combine(sums, counts, self.terms)
         output.metrics[f"{metric_key_prefix}_loss"] = float(losses["loss"])
         output.metrics.update({f"{metric_key_prefix}_loss_{name}": float(losses[name]) for name in LOSSES})
@@ -409,7 +409,7 @@ def _require_finite(self: DSFTTrainer, norm: Any) -> None:
     if not all(map(isfinite, losses)) or not (isfinite(gradient) or self._scale_can_fall()):
         spoilt = [name for name, value in zip(LOSSES, losses) if not isfinite(value)]
         what = f"{', '.join(spoilt)} not finite" if spoilt else f"the norm of the gradient is {gradient}"
-        self._stop(self._step_batches, self.train_dataset, f"step{self.state.global_step + 1}", what)
+        self._stop(self._step_batches, self.train_dataset, f"step {self.state.global_step + 1}", what)
 
 
 @patch
@@ -421,7 +421,7 @@ def _scale_can_fall(self: DSFTTrainer) -> bool:
 # %% ../nbs/19_trainer.ipynb #e480a0b5
 @patch
 def _stop(self: DSFTTrainer, batches: Sequence[dict[str, Tensor]], dataset: Any, when: str, what: str) -> NoReturn:
-    """Raise `NotFinite`, with the examples and their batches kept in the output folder, and on the main process the weights."""
+    """Raise `NotFinite`, with the batches of the examples kept in the output folder, and on the main process the weights as they are before the step."""
     kept, words, alone = [], [], not self.is_fsdp_enabled
     self.model.eval().zero_grad()
     for batch in map(self._prepare_inputs, batches if alone else ()):
@@ -431,23 +431,23 @@ def _stop(self: DSFTTrainer, batches: Sequence[dict[str, Tensor]], dataset: Any,
             words.append(in_words(found, example_names(dataset, batch)))
             kept.append(batch)
     told = "; ".join(words) or f"{what}, on no example alone"
-    folder = Path(self.args.output_dir) / f"stopped-{when}{f'-process{self.args.process_index}' if self.args.process_index else ''}"
+    process = f" process {self.args.process_index}" if self.args.process_index else ""
+    folder = Path(self.args.output_dir) / f"stopped {when}{process}".replace(" ", "-")
     computed = {"path": self.path, "autocast": self.accelerator.mixed_precision, "attention": self.model.config._attn_implementation}
     keep(folder, kept or list(batches), self.supervisions, when=when, found=told, **computed)
     weights = alone and self._keep_weights(folder)
     how = f"dsft.not_finite.replay({str(folder)!r}) computes {'it' if weights else 'it, with a model of yours,'} again"
-    raise NotFinite(f"{when}: {told}; the weights are as before it, lower the learning rate or mend the examples; {how}")
+    raise NotFinite(f"{when}: {told}; stopped before the weights changed: lower the learning rate, or mend the examples; {how}")
 
 
 @patch
 def _keep_weights(self: DSFTTrainer, folder: Path) -> bool:
     """Whether the model could be saved beside its batches."""
     try:
-        self.save_model(str(folder))
+        self._save_plain(folder)
     except OSError as error:
         logger.warning(f"the weights are not kept: {error}")
         return False
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing needs
     return self.is_world_process_zero()
 
 # %% ../nbs/19_trainer.ipynb #96b3805f
@@ -459,5 +459,10 @@ def export(self: DSFTTrainer, directory: str | Path) -> None:
     """
     if hasattr(self.model, "merge_and_unload"):
         self.model = self.model.merge_and_unload()
+    self._save_plain(directory)
+
+
+@patch
+def _save_plain(self: DSFTTrainer, directory: str | Path) -> None:
     self.save_model(str(directory))
     (Path(directory) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing needs
