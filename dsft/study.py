@@ -484,7 +484,7 @@ def load_study(study: str | Path) -> Study:
     if loaded.train.launch and not (project_root() / loaded.train.launch).is_file():
         raise ParamsError(f"{shown}: train.launch = {loaded.train.launch!r}: no such file; give an accelerate config file")
     _check_layers(loaded, shown)
-    made = {f"models.{name}.path": model.path for name, model in loaded.models.items() if model.pretrain and model.path}
+    made = {f"models.{name}.path": model.path for name, model in loaded.models.items() if model.path and (model.pretrain or model.gguf)}
     check_places({"runs": loaded.runs, "figures": loaded.figures, **made}, path, shown)
     loaded._file = path.stem if path == project_root() / "params" / path.name else str(path.absolute())
     return loaded
