@@ -346,6 +346,8 @@ def _probe(backbone: Backbone, ids: Tensor) -> _Probe:
 
 # %% ../nbs/05_backbone.ipynb #d8cbd73b
 def _check_logits(backbone: Backbone, probe: _Probe) -> None:
+    if not probe.own.logits.isfinite().all():
+        raise _refusal(backbone.lm_model, "its logits are NaN or infinite (are its weights whole, and is its dtype wide enough?)")
     h_L = probe.states.inner[backbone.num_hidden_layers]
     if _differ(backbone.norm(h_L), probe.states.last_hidden_state):
         raise _refusal(backbone.lm_model, "its last_hidden_state is not its final norm on the state of the last layer")
