@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'STYLES', 'published_numbers', 'summarise', 'verdict', 'markdown_table', 'paper_layout', 'caption',
            'write_table', 'one_stage', 'paper_table', 'figure_style', 'Style', 'styles', 'study_styles', 'by_title',
-           'legend_above', 'save_figure', 'save_without_rows', 'headline']
+           'legend_above', 'legible', 'save_figure', 'save_without_rows', 'headline']
 
 # %% ../nbs/26_report.ipynb #73032f68
 import itertools
@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from anyascii import anyascii
 from fastcore.script import call_parse
+from matplotlib import font_manager
 
 from .files import ParamsError, replacing
 from .methods import METHODS, Method
@@ -256,11 +258,11 @@ class Style(NamedTuple):
 
 
 STYLES = {
-    "base": Style("#c2c2c2", "X"),
+    "base": Style("#b0b0b0", "X"),
     "sft": Style("#8c6d31", "P"),
     "tft": Style("#262626", "o", 2.2),
-    "tft_en": Style("#5e5e5e", "s"),
-    "tft_compute": Style("#8f8f8f", "D"),
+    "tft_en": Style("#555555", "s"),
+    "tft_compute": Style("#838383", "D"),
     "sdrrl": Style("#8b6a9c", "p"),
     "lc_logits": Style("#f5d76e", "d"),
     "lc_feature": Style("#a9d3f0", "h"),
@@ -310,7 +312,7 @@ def by_title(study: Study) -> dict[str, Any]:
     """What `seaborn.lineplot` takes to draw each method, by the column `title`, in its style: the mean over seeds, and one standard deviation as a band."""
     look = {titles(study)[name]: style for name, style in study_styles(study).items()}
     each = {part: {title: getattr(style, of) for title, style in look.items()} for part, of in (("palette", "color"), ("markers", "marker"), ("sizes", "width"))}
-    return each | {"hue": "title", "style": "title", "size": "title", "dashes": False, "errorbar": "sd", "err_kws": {"alpha": 0.15}}
+    return each | {"hue": "title", "style": "title", "size": "title", "dashes": False, "markeredgewidth": 0.5, "errorbar": "sd", "err_kws": {"alpha": 0.15}}
 
 # %% ../nbs/26_report.ipynb #27826eca
 def legend_above(figure: plt.Figure) -> None:
@@ -322,6 +324,12 @@ def legend_above(figure: plt.Figure) -> None:
         if axis.legend_:
             axis.legend_.remove()
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(5, len(handles)), frameon=False)
+
+# %% ../nbs/26_report.ipynb #8caeb264
+def legible(text: str) -> str:
+    """The text as a figure can show it: letters that its font lacks are transliterated (anyascii), Chinese into pinyin without tones."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return "".join(letter if font.get_char_index(ord(letter)) else anyascii(letter) for letter in text)
 
 # %% ../nbs/26_report.ipynb #e58ea10d
 def save_figure(figure: plt.Figure, folder: str | Path, name: str) -> None:
