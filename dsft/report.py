@@ -256,6 +256,11 @@ class Style(NamedTuple):
     marker: str | tuple  # as matplotlib takes it
     width: float = 1.6  # of its lines, in points
 
+    @property
+    def points(self) -> dict[str, Any]:
+        """What `Axes.errorbar` takes to draw it as points with whiskers."""
+        return {"marker": self.marker, "color": self.color, "linestyle": "none", "markersize": 8, "capsize": 3, "elinewidth": 1.8}
+
 
 STYLES = {
     "base": Style("#b0b0b0", "X"),
@@ -311,7 +316,8 @@ def study_styles(study: Study) -> dict[str, Style]:
 def by_title(study: Study) -> dict[str, Any]:
     """What `seaborn.lineplot` takes to draw each method, by the column `title`, in its style: the mean over seeds, and one standard deviation as a band."""
     look = {titles(study)[name]: style for name, style in study_styles(study).items()}
-    each = {part: {title: getattr(style, of) for title, style in look.items()} for part, of in (("palette", "color"), ("markers", "marker"), ("sizes", "width"))}
+    parts = {"palette": "color", "markers": "marker", "sizes": "width"}
+    each = {name: {title: getattr(style, part) for title, style in look.items()} for name, part in parts.items()}
     return each | {"hue": "title", "style": "title", "size": "title", "dashes": False, "markeredgewidth": 0.5, "errorbar": "sd", "err_kws": {"alpha": 0.15}}
 
 # %% ../nbs/26_report.ipynb #27826eca
