@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'STYLES', 'published_numbers', 'summarise', 'verdict', 'markdown_table', 'paper_layout', 'caption',
            'write_table', 'one_stage', 'paper_table', 'figure_style', 'Style', 'styles', 'study_styles', 'by_title',
-           'legend_above', 'legible', 'save_figure', 'save_without_rows', 'headline']
+           'panel_grid', 'legend_above', 'legible', 'save_figure', 'save_without_rows', 'headline']
 
 # %% ../nbs/26_report.ipynb #73032f68
 import itertools
@@ -319,6 +319,16 @@ def by_title(study: Study) -> dict[str, Any]:
     parts = {"palette": "color", "markers": "marker", "sizes": "width"}
     each = {name: {title: getattr(style, part) for title, style in look.items()} for name, part in parts.items()}
     return each | {"hue": "title", "style": "title", "size": "title", "dashes": False, "markeredgewidth": 0.5, "errorbar": "sd", "err_kws": {"alpha": 0.15}}
+
+# %% ../nbs/26_report.ipynb #2774bbe6
+def panel_grid(count: int, columns: int = 2, width: float = 5, height: float = 4.2, **options: Any) -> tuple[plt.Figure, list[plt.Axes]]:
+    """A figure and the axes of `count` panels, row by row in at most so many columns, each of this size in inches; `options` are those of `plt.subplots`."""
+    columns = max(1, min(columns, count))
+    rows = max(1, -(-count // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(max(8, width * columns), height * rows), squeeze=False, **options)
+    for unused in axes.flat[max(1, count) :]:
+        unused.axis("off")
+    return figure, list(axes.flat)
 
 # %% ../nbs/26_report.ipynb #27826eca
 def legend_above(figure: plt.Figure) -> None:
