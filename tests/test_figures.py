@@ -175,3 +175,11 @@ def test_claims_of_one_unit_share_a_panel(drawn):
         "hundredths of a cosine": ["C6"],
         "points of chrF++": ["C7a", "C7b"],
     }
+
+
+@pytest.mark.parametrize("count, shape", [(0, (1, 1)), (1, (1, 1)), (2, (1, 2)), (5, (3, 2))])
+def test_many_panels_fit_the_page(count, shape):
+    figure, axes = report.panel_grid(count)
+    assert axes[0].get_gridspec().get_geometry() == shape and sum(axis.axison for axis in axes) == max(1, count)
+    assert 8 <= figure.get_size_inches()[0] <= 10
+    plt.close(figure)
