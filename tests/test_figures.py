@@ -183,3 +183,11 @@ def test_many_panels_fit_the_page(count, shape):
     assert axes[0].get_gridspec().get_geometry() == shape and sum(axis.axison for axis in axes) == max(1, count)
     assert 8 <= figure.get_size_inches()[0] <= 10
     plt.close(figure)
+
+
+def test_curves_run_from_layer_to_layer(project, drawn):  # noqa: F811
+    """Where the probability of the answer is known, it does not decide about the order."""
+    with_rule(project, **MEASURED | {"target": [0.4, 0.02, 0.3, 0.1]}, falls_twice=True)
+    above, below = drawn("figure2", "ruled").axes[:2]
+    assert above.lines[0].get_xdata().tolist() == [0, 1, 2, 3] and above.lines[0].get_ydata().tolist() == [6.0, 3.0, 2.9, 1.0]
+    assert below.lines[1].get_ydata().tolist() == [0.4, 0.02, 0.3, 0.1]
