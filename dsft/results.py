@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from pandas.api.types import is_numeric_dtype
 from pyarrow.json import ParseOptions, read_json
 from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -432,14 +433,14 @@ _LANGUAGES = ["vi", "ar", "zh", "en"]  # in the paper's order
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows in the paper's order of methods, datasets and languages, whatever else there is by name after them."""
+    """The rows in the paper's order of methods, datasets and languages, whatever else there is by name after them; columns of numbers, as the probability `target` of `load_entropy`, decide nothing."""
     ranks = {"method": list(METHODS), "dataset": list(EVERY_BENCHMARK), "lang": _LANGUAGES, "target": _LANGUAGES}
 
     def rank(column: pd.Series) -> pd.Series:
         known = ranks.get(column.name, [])
         return column.map(lambda name: (known.index(name), "") if name in known else (len(known), name))
 
-    return table.sort_values([c for c in CELL if c in table], key=rank).reset_index(drop=True)
+    return table.sort_values([c for c in CELL if c in table and not is_numeric_dtype(table[c])], key=rank, kind="stable").reset_index(drop=True)
 
 # %% ../nbs/24_results.ipynb #4b1cc3dd
 def _values(steps: list[dict[str, Any]], field: str) -> list:
