@@ -220,13 +220,17 @@ launch = yaml.safe_load(Path(study.train.launch).read_text(encoding="utf-8")) if
 PROCESSES = launch.get("num_processes", 1) // launch.get("num_machines", 1)  # of a training, on one machine
 
 
-# An analysis waits for the file that an evaluation writes last: of thousands of runs, six files for each of sixteen analyses would take Snakemake minutes to plan.
-RESULTS = {name: [f"{folder}/{model}/{lang}/{method}/seed{seed}/{name}" for model, lang, method, seed in runs] for name in EVALUATION}
+RESULTS = [f"{folder}/{model}/{lang}/{method}/seed{seed}/{name}" for model, lang, method, seed in runs for name in EVALUATION]
+
+
+localrules:
+    all,
+    results,
 
 
 rule all:
     input:
-        list(RESULTS.values()),
+        RESULTS,
         [f"{figures}/{name}" for names in ANALYSES.values() for name in names],
 
 
@@ -338,6 +342,20 @@ rule evaluate:
         notebook(**OF_A_RUN) + SEED
 
 
+# All that the evaluations wrote, by content: what every analysis waits for, and made again when one of them changes. With each file an input of each of sixteen analyses, thousands of
+# runs would take Snakemake minutes to plan.
+rule results:
+    input:
+        RESULTS,
+    output:
+        f"{folder}/results.json",
+    params:
+        names=EVALUATION,
+    shell:
+        "python -W ignore -c 'import sys; from pathlib import Path; from dsft.files import contents, write_json; from dsft.study import load_study; "
+        "write_json(Path(sys.argv[2]), contents(run.folder / name for run in load_study(sys.argv[1]).all_runs() for name in sys.argv[3:]))' {STUDY:q} {output:q} {params.names:q}"
+
+
 LAYERS = [os.path.relpath(f) for f in sorted({r.layers_file for r in runs.values()})]
 OTHER_CLAIMS = [os.path.relpath(p) for p in sorted(Path(figures).parent.glob("*/claims.csv")) if p.parent.name != study.name]
 
@@ -347,7 +365,7 @@ for name, outputs in ANALYSES.items():
         name:
             name
         input:
-            results=RESULTS["metrics.json"],
+            results=f"{folder}/results.json",
             layers=LAYERS,
             claims=OTHER_CLAIMS if name == "claims" else [],
             notebook=ancient(f"nbs/analysis/{name}.ipynb"),
