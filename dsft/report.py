@@ -199,23 +199,22 @@ def one_stage(methods: Iterable[Method]) -> list[str]:
     """The names of the methods, no variations of others, all of whose supervisions are of one stage."""
     return [m.name for m in methods if m.stem == m.name and len({s.stage for s in m.supervisions}) == 1]
 
-# %% ../nbs/26_report.ipynb #322d0b92
+# %% ../nbs/26_report.ipynb #ada54eca
 def query_gap_table(study: Study, methods: Collection[str] | None = None, targets: Collection[str] | None = None) -> pd.DataFrame:
     """Query gaps (`dsft.results.load_query_gaps`) of the methods, or of these: the mean over seeds, and that of the base model (`..._before`) where both are at the critical layers.
 
     One row a model, target, method and kind of loss; a method with supervisions stands with the kinds that it supervises, one without any with both.
     """
-    gaps = load_query_gaps(study)
-    values = [name for name in gaps if name.startswith("query_gap_")]
-    keys = ["model", "target", "kind"]
-    before = gaps[gaps["role"].eq("base")].groupby(keys)[values].mean().add_suffix("_before")
+    gaps, keys, values = load_query_gaps(study), ["model", "target", "kind"], ["query_gap_lc", "query_gap_et"]
     kinds = {name: {s.kind for s in m.supervisions} or {"logits", "feature"} for name, m in study.every_method.items()}
-    wanted = gaps[[kind in kinds[name] and (methods is None or name in methods) for name, kind in zip(gaps["method"], gaps["kind"])] & gaps["role"].ne("base")]
-    means = wanted.groupby([*keys[:2], "method", "title", "kind", "layers"], sort=False)[values].mean().join(wanted.groupby([*keys[:2], "method", "kind"])["seed"].nunique().rename("seeds"))
-    table = means.reset_index().merge(before.reset_index(), on=keys, how="left")
+    base = gaps["role"].eq("base")
+    before = gaps[base].groupby(keys)[values].mean().add_suffix("_before")
+    supervised = pd.Series([kind in kinds[name] for name, kind in zip(gaps["method"], gaps["kind"])], index=gaps.index, dtype=bool)
+    wanted = gaps[supervised & ~base & (gaps["method"].isin(gaps["method"] if methods is None else methods)) & gaps["target"].isin(gaps["target"] if targets is None else targets)]
+    by = wanted.groupby([*keys, "method", "title", "layers"], sort=False)
+    table = by[values].mean().join(by["seed"].nunique().rename("seeds")).reset_index().merge(before.reset_index(), on=keys, how="left")
     table.loc[table["layers"].ne(""), list(before)] = float("nan")  # at other layers than the base was measured
-    table = table if targets is None else table[table["target"].isin(targets)]
-    return in_order(table)[["model", "target", "method", "title", "kind", "seeds", *sorted([*values, *before], reverse=True)]]
+    return in_order(table)[["model", "target", "method", "title", "kind", "seeds", *(name for stage in values for name in (f"{stage}_before", stage))]]
 
 
 def query_gap_text(table: pd.DataFrame) -> str:
