@@ -259,7 +259,7 @@ class Layers(Part):
 # %% ../nbs/09_settings.ipynb #c8e2b688
 def one_line(error: ValidationError, file: str) -> str:
     """The first of pydantic's complaints as `file: field = value: what is wrong`; of the branches of a union the one that the value looks like."""
-    unlike = {"literal_error": 1, "model_type": 2}  # not one of the names; not even a mapping
+    unlike = {"literal_error": 1, "model_type": 2, "too_short": 3}  # not one of the names; not even a mapping; a list of which nothing else was right
     first, *rest = sorted(error.errors(), key=lambda e: unlike.get(e["type"], 0))
     rest = [e for e in rest if e["loc"][:1] != first["loc"][:1]]
     branch = lambda p: isinstance(p, str) and ("[" in p or p[:1].isupper() or p.removeprefix("constrained-") in ("int", "float", "str"))  # of a union: a validator, a class or a type
