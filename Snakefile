@@ -59,7 +59,7 @@ ANALYSES = {
     "retention": [*of_both("retention"), *picture("retention")],
     "figure3": [*of_both("figure3", "figure3_against_tft"), *picture("figure3")],
     "figure4": [*picture("figure4", "figure4_counted"), "figure4_tsne.csv"],
-    "inside": ["inside.csv", *picture("inside")],
+    "inside": ["inside.csv", *of_both("query_gap"), *picture("inside")],
     "layers": [*of_both("layers", "layers_against_rule"), *picture("layers")],
     "readings": of_both("readings"),
     "cost": ["costs.csv", *of_both("cost"), *picture("cost")],
@@ -326,6 +326,7 @@ rule train:
 rule evaluate:
     input:
         model=trained,
+        layers=lambda w: [os.path.relpath(runs[tuple(w)].layers_file)] if study.supervises else [],  # where LC and ET are measured
         notebook=ancient("nbs/experiments/evaluate.ipynb"),
     output:
         [f"{RUN}/{name}" for name in EVALUATION],

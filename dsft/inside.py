@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'token_probability', 'answer_probability', 'pooled_states', 'retrieval', 'cosine_gap',
-           'similarity_curves', 'parallel_questions', 'read_clozes', 'parallel_clozes', 'before_mask', 'first_tokens',
-           'Question', 'tokenize_question', 'distinct', 'tokenize_clozes', 'language_probabilities', 'language_curves',
-           'base_curves', 'look_inside']
+           'similarity_curves', 'derangement', 'query_gaps', 'parallel_questions', 'read_clozes', 'parallel_clozes',
+           'before_mask', 'first_tokens', 'Question', 'tokenize_question', 'distinct', 'tokenize_clozes',
+           'language_probabilities', 'language_curves', 'base_curves', 'held_out_examples', 'measured_supervisions',
+           'query_gap_rows', 'look_inside']
 
 # %% ../nbs/16_inside.ipynb #ab348c0f
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone, hidden_states, max_positions
-from .data import prompt_ids, text_ids
+from .data import TokenizedExample, collate, prompt_ids, text_ids
 from .files import ParamsError, read_lines, read_rows
-from .metrics import BENCHMARKS
+from .losses import loss_counts, loss_sums, terms_of
+from .methods import Supervision
+from .metrics import BENCHMARKS, INSTRUCTIONS
 from .microcosm import MASK, World
 from .phrasebook import LANGUAGES
-from .study import Study
+from .study import Run, Study
 
 # %% ../nbs/16_inside.ipynb #df5a6f0d
 def _batches(rows: Sequence[Sequence[int]], size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,21 +102,51 @@ def similarity_curves(en: np.ndarray, tgt: np.ndarray) -> dict[str, list[float]]
     measures = {"retrieval": retrieval, "cosine_gap": cosine_gap}
     return {name: [measure(en[:, k], tgt[:, k]) for k in range(en.shape[1])] for name, measure in measures.items()}
 
+# %% ../nbs/16_inside.ipynb #6d5be84e
+def derangement(count: int, seed: int = 0) -> list[int]:
+    """A permutation of 0..count-1, drawn by `seed`, that leaves nothing in its place (one cycle through all); `count` is at least 2."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    permutation = torch.empty_like(order)
+    permutation[order] = order.roll(1)
+    return permutation.tolist()
+
+# %% ../nbs/16_inside.ipynb #9b3e4b08
+@torch.no_grad()
+def query_gaps(model: nn.Module, examples: Sequence[TokenizedExample], supervisions: Sequence[Supervision], seed: int = 0, batch_size: int = 32) -> list[float]:
+    """For each supervision its loss on `examples` as they are, minus its loss with their target queries exchanged by a `derangement`; at least 2 examples.
+
+    In nats a token for kind "logits", in units of 1 - cos for kind "feature". Negative: the loss is lower with the query that belongs to it; 0: it does not
+    depend on the query. Weights do not count. x_tgt must fit into the model before any other example's text.
+    """
+    backbone = find_backbone(model)
+    terms, device = terms_of(supervisions, backbone.num_hidden_layers)[1:], backbone.lm_head.weight.device
+    exchanged = [example._replace(x_tgt=examples[other].x_tgt) for example, other in zip(examples, derangement(len(examples), seed))]
+    means = []
+    for rows in (examples, exchanged):
+        found = torch.zeros(2, len(terms), dtype=torch.float64)
+        for start in range(0, len(rows), batch_size):
+            batch = {name: t.to(device) for name, t in collate(list(rows[start : start + batch_size]), 0).items()}
+            sums = loss_sums(model, batch, terms, "truncated")
+            found += torch.stack([sums.double(), loss_counts(batch, terms).double()]).cpu()
+        means.append(found[0] / found[1].clamp_min(1))
+    return (means[0] - means[1]).tolist()
+
 # %% ../nbs/16_inside.ipynb #c16c981b
 QUESTIONS = tuple(name for name, b in BENCHMARKS.items() if b.metric == "f1")  # benchmarks with generated answers; the first that the study has is used
 
 
 def _answered(file: Path) -> dict[Any, dict[str, Any]]:
     """The rows of a benchmark's file that have an answer, by their id; none where there is no file."""
-    return {row["id"]: row for row in read_rows(file) if row["answers"][0]} if file.exists() else {}
+    rows = [row | {"answers": row.get("answers") or row["choices"]} for row in read_rows(file)] if file.exists() else []
+    return {row["id"]: row for row in rows if row["answers"][0]}
 
 
-def parallel_questions(study: Study, lang: str, limit: int) -> tuple[str, list[dict[str, dict[str, Any]]]]:
+def parallel_questions(study: Study, lang: str, limit: int, among: Sequence[str] = QUESTIONS) -> tuple[str, list[dict[str, dict[str, Any]]]]:
     """The benchmark used and up to `limit` of its items as {"tgt": row, "en": row}, from the files that `dsft.tasks.evaluate` has written.
 
-    The rows have `prompt` and `answers`. Empty where no benchmark of the study was asked in both languages.
+    The rows have `prompt` and `answers`. Empty where no benchmark of `among` was asked in both languages.
     """
-    for name in (q for q in QUESTIONS if q in study.evaluation.benchmarks):
+    for name in (q for q in among if q in study.evaluation.benchmarks):
         files = [sorted(study.asked_folder(language).glob(f"*/{name}_{language}.jsonl")) for language in (lang, "en")]
         tgt, en = (_answered(there[0]) if there else {} for there in files)  # the rows are the same for every tokenizer
         if both := [key for key in tgt if key in en]:
@@ -234,6 +267,32 @@ def base_curves(
     en, tgt = (pooled_states(model, [query[side].prompt for query in queries]) for side in ("en", "tgt"))
     curves = {"english": asked["en"], "target": asked["tgt"], "retrieval": np.array(similarity_curves(en, tgt)["retrieval"])}
     return f"{len(questions)} {'cloze facts' if facts else 'training examples'}", {name: curve.astype(float).tolist() for name, curve in curves.items()}
+
+# %% ../nbs/16_inside.ipynb #5bc9836a
+def held_out_examples(study: Study, lang: str, tokenizer: PreTrainedTokenizerBase, limit: int, longest: int) -> list[TokenizedExample]:
+    """Up to `limit` parallel examples that no training uses as token ids, answers with their end; without texts of more than half of `longest` tokens, so that any two fit together."""
+    items, end = parallel_questions(study, lang, limit, (INSTRUCTIONS, *QUESTIONS))[1], [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    texts = {}
+    for side in ("tgt", "en"):
+        texts[f"x_{side}"] = prompt_ids(tokenizer, [item[side]["prompt"] for item in items])
+        texts[f"y_{side}"] = [ids + end for ids in text_ids(tokenizer, [item[side]["answers"][0] for item in items])]
+    examples = [TokenizedExample(*fields) for fields in zip(*(texts[field] for field in TokenizedExample._fields))]
+    return [example for example in examples if all(0 < len(ids) <= longest // 2 for ids in example)]
+
+
+def measured_supervisions(run: Run, i: int, j: int) -> list[Supervision]:
+    """LC and ET, each as logits and as feature loss: those of the run's method, the others at its layers or else at the critical ones."""
+    own = {(s.stage, s.kind): s for s in reversed(run.method.at(i, j))}
+    layers = {"lc": i, "et": j} | {s.stage: s.layer for s in own.values()}
+    return [own.get((stage, kind), Supervision(stage=stage, kind=kind, layer=layers[stage])) for stage in ("lc", "et") for kind in ("logits", "feature")]
+
+
+def query_gap_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run, i: int, j: int, limit: int = 200) -> list[dict[str, Any]]:
+    """Rows of layer, quantity (query_gap_<stage>_<kind>) and value, see `query_gaps`, for a run of a model with the critical layers i and j; none without two examples."""
+    examples = held_out_examples(run.study, run.lang, tokenizer, limit, max_positions(model.config) or 2048)
+    supervisions = measured_supervisions(run, i, j)
+    gaps = query_gaps(model, examples, supervisions) if len(examples) > 1 else []
+    return [{"layer": s.layer, "quantity": f"query_gap_{s.stage}_{s.kind}", "value": round(gap, 6)} for s, gap in zip(supervisions, gaps)]
 
 # %% ../nbs/16_inside.ipynb #63df861d
 def look_inside(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .backbone import Backbone, States, call_frozen, find_backbone, forward_as, hidden_states, one_pass_obstacle, packed_hidden_states
 from .head import summed_nll
-from .methods import Supervision
+from .methods import Supervision, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Term:
     segment = "y_tgt"  # what follows x_tgt in the row that it reads
     english_layer = None  # the layer that it reads in the pass over x_en by itself; None: it reads none
     english_gradient = False  # whether its gradient flows through that pass
+    update_embeddings: bool = True  # whether its gradient reaches the input embeddings
     kind = ""  # of its supervision
 
     def __str__(self) -> str:
@@ -199,23 +200,27 @@ class FeatureTerm(Term):
         return (1 - F.cosine_similarity(h_en, h_tgt, dim=-1)).sum()
 
 # %% ../nbs/14_losses.ipynb #7096e2a4
+def _common(s: Supervision) -> dict:
+    weight = s.weight.at(progress=0.0) if isinstance(s.weight, Weight) else s.weight
+    return dict(name=s.stage, layer=s.layer, weight=weight, update_embeddings=s.update_embeddings)
+
+
 def _logits_term(s: Supervision, num_hidden_layers: int) -> LogitsTerm:
     text = "x" if s.stage == "lc" else "y"
     positions = f"{text}_en" if s.alignment == "teacher_forced" else f"{text}_tgt"
-    head = dict(final_norm=s.final_norm, update_head=s.update_head)
-    return LogitsTerm(name=s.stage, layer=s.layer, weight=s.weight, positions=positions, labels=f"{text}_en", **head)
+    return LogitsTerm(**_common(s), positions=positions, labels=f"{text}_en", final_norm=s.final_norm, update_head=s.update_head)
 
 
 def _feature_term(s: Supervision, num_hidden_layers: int) -> FeatureTerm:
-    english = dict(english_layer=num_hidden_layers if s.stage == "et" else s.layer, english_gradient=s.english_gradient)
-    return FeatureTerm(name=s.stage, layer=s.layer, weight=s.weight, pooling=s.pooling, **english)
+    english_layer = num_hidden_layers if s.stage == "et" else s.layer
+    return FeatureTerm(**_common(s), pooling=s.pooling, english_layer=english_layer, english_gradient=s.english_gradient)
 
 
 _KINDS = {"logits": _logits_term, "feature": _feature_term}
 
 
 def terms_of(supervisions: Sequence[Supervision], num_hidden_layers: int) -> list[Term]:
-    """The terms of the total: TFT, then one for each supervision."""
+    """The terms of the total: TFT, then one for each supervision, with the weight that it begins with (`Weight.at`)."""
     return [TFT(layer=num_hidden_layers), *(_KINDS[s.kind](s, num_hidden_layers) for s in supervisions)]
 
 # %% ../nbs/14_losses.ipynb #668e82e7
@@ -313,11 +318,27 @@ def choose_path(backbone: Backbone, terms: Sequence[Term], path: LossPath) -> tu
 _PASSES = {"naive": naive_passes, "truncated": truncated_passes, "one_pass": one_pass}
 
 
-def forward_passes(backbone: Backbone, batch: dict[str, Tensor], terms: Sequence[Term], path: LossPath) -> list[ForwardPass]:
-    """For each term the pass that it reads, with the English one beside it; `path` is one that `choose_path` gave."""
+def _passes_of(backbone: Backbone, batch: dict[str, Tensor], terms: Sequence[Term], path: LossPath) -> list[ForwardPass]:
     passes = _PASSES[path](backbone, batch, terms)
     english = english_pass(backbone, batch, terms)
     return [forward._replace(english=english) for forward in passes]
+
+
+def _constant(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """As a forward hook: the module's output without its gradient."""
+    return output.detach()
+
+
+def forward_passes(backbone: Backbone, batch: dict[str, Tensor], terms: Sequence[Term], path: LossPath) -> list[ForwardPass]:
+    """For each term the pass that it reads, with the English one beside it; `path` is one that `choose_path` gave."""
+    passes: dict[int, ForwardPass] = {}
+    together, apart = ([n for n, t in enumerate(terms) if t.update_embeddings == wanted] for wanted in (True, False))
+    if together:
+        passes |= zip(together, _passes_of(backbone, batch, [terms[n] for n in together], path))
+    if apart:
+        with backbone.decoder.get_input_embeddings().register_forward_hook(_constant):
+            passes |= zip(apart, _passes_of(backbone, batch, [terms[n] for n in apart], "naive" if path == "naive" else "truncated"))
+    return [passes[n] for n in range(len(terms))]
 
 # %% ../nbs/14_losses.ipynb #06271cc4
 def term_sums(backbone: Backbone, terms: Sequence[Term], passes: Sequence[ForwardPass]) -> Tensor:
@@ -412,7 +433,7 @@ def term_gradient_norms(model, batch: dict[str, Tensor], terms: Sequence[Term], 
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses = loss_sums(model, batch, terms, path) / loss_counts(batch, terms).clamp_min(1)
     norms = []
-    for term, loss in zip(terms, losses):
-        gradients = torch.autograd.grad(term.weight * loss, parameters, retain_graph=True, allow_unused=True)
+    for n, (term, loss) in enumerate(zip(terms, losses), 1):
+        gradients = torch.autograd.grad(term.weight * loss, parameters, retain_graph=n < len(terms), allow_unused=True)
         norms.append(float(torch.stack([g.norm() for g in gradients if g is not None]).norm()))
     return norms

@@ -35,6 +35,7 @@ class Template(NamedTuple):
     stop: str
     translate: tuple[str, str] = ("Translate the following sentence into {language}.", "{text}")
     complete: tuple[str, str] = ("Complete the following sentence in {language}.", "{text}")
+    answer_in: str = "{instruction} Answer in {language}."  # an instruction whose answer is wanted in another language
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """The prompt x for one query; a blank `input` is none."""

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'STYLES', 'published_numbers', 'summarise', 'verdict', 'markdown_table', 'paper_layout', 'caption',
-           'write_table', 'one_stage', 'paper_table', 'figure_style', 'Style', 'styles', 'study_styles', 'by_title',
-           'panel_grid', 'legend_above', 'legible', 'save_figure', 'save_without_rows', 'headline']
+           'write_table', 'one_stage', 'query_gap_table', 'query_gap_text', 'paper_table', 'figure_style', 'Style',
+           'styles', 'study_styles', 'by_title', 'panel_grid', 'legend_above', 'legible', 'save_figure',
+           'save_without_rows', 'headline']
 
 # %% ../nbs/26_report.ipynb #73032f68
 import itertools
@@ -27,7 +28,7 @@ from matplotlib import font_manager
 from .files import ParamsError, replacing
 from .methods import METHODS, Method
 from .metrics import BITS, EVERY_BENCHMARK, direction, metric_of
-from .results import CELL, check_records, controls, finished_runs, in_order, in_percent, load_item_scores, load_results, on_target, titles, write_csv
+from .results import CELL, check_records, controls, finished_runs, in_order, in_percent, load_item_scores, load_query_gaps, load_results, on_target, titles, write_csv
 from .statistics import compare
 from .study import Study, load_study
 
@@ -204,6 +205,35 @@ def write_table(table: pd.DataFrame, folder: str | Path, name: str, text: str | 
 def one_stage(methods: Iterable[Method]) -> list[str]:
     """The names of the methods, no variations of others, all of whose supervisions are of one stage."""
     return [m.name for m in methods if m.stem == m.name and len({s.stage for s in m.supervisions}) == 1]
+
+# %% ../nbs/26_report.ipynb #ada54eca
+def query_gap_table(study: Study, methods: Collection[str] | None = None, targets: Collection[str] | None = None) -> pd.DataFrame:
+    """Query gaps (`dsft.results.load_query_gaps`) of the methods, or of these: the mean over seeds, and that of the base model (`..._before`) where both are at the critical layers.
+
+    One row a model, target, method and kind of loss; a method with supervisions stands with the kinds that it supervises, one without any with both.
+    """
+    gaps, keys, values = load_query_gaps(study), ["model", "target", "kind"], ["query_gap_lc", "query_gap_et"]
+    kinds = {name: {s.kind for s in m.supervisions} or {"logits", "feature"} for name, m in study.every_method.items()}
+    base = gaps["role"].eq("base")
+    before = gaps[base].groupby(keys)[values].mean().add_suffix("_before")
+    supervised = pd.Series([kind in kinds[name] for name, kind in zip(gaps["method"], gaps["kind"])], index=gaps.index, dtype=bool)
+    wanted = gaps[supervised & ~base & (gaps["method"].isin(gaps["method"] if methods is None else methods)) & gaps["target"].isin(gaps["target"] if targets is None else targets)]
+    by = wanted.groupby([*keys, "method", "title", "layers"], sort=False)
+    table = by[values].mean().join(by["seed"].nunique().rename("seeds")).reset_index().merge(before.reset_index(), on=keys, how="left")
+    table.loc[table["layers"].ne(""), list(before)] = float("nan")  # at other layers than the base was measured
+    return in_order(table)[["model", "target", "method", "title", "kind", "seeds", *(name for stage in values for name in (f"{stage}_before", stage))]]
+
+
+def query_gap_text(table: pd.DataFrame) -> str:
+    """A `query_gap_table` in Markdown, with what its numbers are."""
+    if table.empty:
+        return "The query gap was not measured in these runs."
+    number = lambda column: column.map(lambda value: "-" if pd.isna(value) else f"{value:+.3f}")
+    shown = {"model": table["model"], "target": table["target"], "method": table["title"], "loss": table["kind"]}
+    for stage in ("lc", "et"):
+        shown |= {f"{stage.upper()} before": number(table[f"query_gap_{stage}_before"]), f"{stage.upper()} after": number(table[f"query_gap_{stage}"])}
+    told = "Query gap: the loss on held-out examples with the query that belongs to them minus the loss with another one (logits: nats a token; feature: 1 - cos), mean over seeds, in the base model (before) and after training. "
+    return markdown_table(pd.DataFrame(shown)) + "\n\n" + told + "Near 0 the loss does not depend on the query: whatever its layer has learned, it is no conversion of the query."
 
 # %% ../nbs/26_report.ipynb #63e5419b
 def _chosen(table: pd.DataFrame, datasets: Collection[str], methods: Collection[str] | None, targets: Collection[str] | None) -> pd.DataFrame:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REMEDY', 'METHOD_COLUMNS', 'LAYER_COLUMNS', 'RESULT_COLUMNS', 'ITEM_COLUMNS', 'ENTROPY_COLUMNS', 'COST_COLUMNS',
-           'INSIDE_COLUMNS', 'CELL', 'RunResult', 'Score', 'Metrics', 'InsideRow', 'Inside', 'TokenEntropy',
-           'RuleChoice', 'LayerEntropy', 'write_result', 'read_result', 'read_of_run', 'finished_runs', 'with_methods',
-           'controls', 'titles', 'with_layers', 'load_results', 'load_item_scores', 'in_percent', 'in_bits',
-           'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside', 'write_csv', 'write_items', 'on_target',
-           'in_order', 'check_records', 'write_provenance']
+           'INSIDE_COLUMNS', 'GAP_COLUMNS', 'CELL', 'RunResult', 'Score', 'Metrics', 'InsideRow', 'Inside',
+           'TokenEntropy', 'RuleChoice', 'LayerEntropy', 'write_result', 'read_result', 'read_of_run', 'finished_runs',
+           'with_methods', 'controls', 'titles', 'with_layers', 'load_results', 'load_item_scores', 'in_percent',
+           'in_bits', 'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside', 'load_query_gaps', 'write_csv',
+           'write_items', 'on_target', 'in_order', 'check_records', 'write_provenance']
 
 # %% ../nbs/24_results.ipynb #f55a638d
 import hashlib
@@ -406,6 +406,21 @@ def load_inside(study: Study) -> pd.DataFrame:
     rows = [_of_run(run) | row.model_dump() for run in looked_into for row in read_of_run(run, "inside.json", Inside).rows]
     table = pd.DataFrame(rows, columns=INSIDE_COLUMNS[:7]) if finished else _committed(study, "inside.csv")
     return with_methods(table, study)[INSIDE_COLUMNS]
+
+# %% ../nbs/24_results.ipynb #d1946afb
+GAP_COLUMNS = ["model", "target", "method", "seed", "kind", "query_gap_lc", "query_gap_et"]
+
+
+def load_query_gaps(study: Study) -> pd.DataFrame:
+    """The query gaps of every run, matched minus mismatched pairs, columns GAP_COLUMNS and METHOD_COLUMNS; of kind "logits" in nats a token, of "feature" in 1 - cos.
+
+    At the layers that the run's method supervises, or else at the critical ones. Negative: the loss reads the query. Empty for models that were not measured.
+    """
+    inside = load_inside(study)
+    parts = inside["quantity"].astype(str).str.extract(r"^query_gap_(?P<stage>lc|et)_(?P<kind>logits|feature)$")
+    rows = inside.assign(**parts)[parts["stage"].notna()]
+    wide = rows.pivot(index=GAP_COLUMNS[:5], columns="stage", values="value").rename(columns="query_gap_{}".format).reset_index()
+    return with_methods(wide.reindex(columns=GAP_COLUMNS), study)[[*GAP_COLUMNS, *METHOD_COLUMNS]]
 
 # %% ../nbs/24_results.ipynb #884773bb
 def write_csv(table: pd.DataFrame, path: str | Path) -> None:

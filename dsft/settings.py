@@ -181,6 +181,7 @@ class TrainParams(Part):
     trainable: Trainable = "all"  # all weights, or lora: adapters that are merged at the end
     launch: str | None = None  # an accelerate config (params/accelerate/...): the study trains on several processes instead of in a notebook
     logging_steps: PositiveInt = 10
+    gradient_norm_steps: NonNegativeInt = 100  # the norm of each loss's gradient every so many steps, in train_log.jsonl, for methods with supervisions; 0: never
     save_steps: PositiveInt = 500  # a checkpoint every so many steps, to resume from
 
     @model_validator(mode="after")
@@ -258,10 +259,10 @@ class Layers(Part):
 # %% ../nbs/09_settings.ipynb #c8e2b688
 def one_line(error: ValidationError, file: str) -> str:
     """The first of pydantic's complaints as `file: field = value: what is wrong`; of the branches of a union the one that the value looks like."""
-    unlike = {"literal_error": 1, "model_type": 2}  # not one of the names; not even a mapping
+    unlike = {"literal_error": 1, "model_type": 2, "too_short": 3}  # not one of the names; not even a mapping; a list of which nothing else was right
     first, *rest = sorted(error.errors(), key=lambda e: unlike.get(e["type"], 0))
     rest = [e for e in rest if e["loc"][:1] != first["loc"][:1]]
-    branch = lambda p: isinstance(p, str) and ("[" in p or p[:1].isupper())  # of a union: a validator or a class
+    branch = lambda p: isinstance(p, str) and ("[" in p or p[:1].isupper() or p.removeprefix("constrained-") in ("int", "float", "str"))  # of a union: a validator, a class or a type
     field = ".".join(str(p) for p in first["loc"] if not branch(p))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

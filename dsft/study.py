@@ -114,6 +114,12 @@ def every_method(self: Study) -> dict[str, Method]:
     return {m.name: m for part in (self, *self.sweeps) for m in part.methods}
 
 
+@patch(as_prop=True)
+def supervises(self: Study) -> bool:
+    """Whether any of its methods supervises inner layers."""
+    return any(m.supervisions for m in self.every_method.values())
+
+
 @patch
 def method(self: Study, name: str) -> Method:
     """A method of the study, or by its name any other; raises `ValueError` for a name that is none."""

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from inspect import signature
 from math import isfinite
@@ -32,9 +32,10 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput
 
 from .backbone import LOGITS_PER_CHUNK, find_backbone
+from .balance import is_balanced, term_names, weighted
 from .data import RowLimits, TokenizedExample, collate, pad_inside
 from .files import ParamsError, first_wrong_weight
-from .losses import LOSSES, TFT, ForwardPass, LossPath, active, branches_of, combine, loss_counts, loss_sums, terms_of
+from .losses import LOSSES, TFT, ForwardPass, LossPath, active, branches_of, combine, loss_counts, loss_sums, term_gradient_norms, terms_of
 from .methods import Supervision
 from .not_finite import NotFinite, culprits, example_names, in_words, keep
 
@@ -104,6 +105,12 @@ def _refuse_engine(accelerator: Accelerator) -> None:
     parallel = getattr(accelerator, "parallelism_config", None)
     if cut := [name for name in ("tp_size", "cp_size", "sp_size") if (getattr(parallel, name, None) or 1) > 1]:
         raise ValueError(f"DSFTTrainer does not support parallelism_config with {cut[0]} > 1: the losses need whole rows and layers; use data parallelism")
+
+# %% ../nbs/19_trainer.ipynb #275e61f1
+def _refuse_sharded_balance(accelerator: Accelerator, supervisions: Sequence[Supervision]) -> None:
+    """Raise `ValueError` for weights whose gradients cannot be measured."""
+    if accelerator.distributed_type == DistributedType.FSDP and any(map(is_balanced, supervisions)):
+        raise ValueError("DSFTTrainer does not support weight = balanced under FSDP, where no process has a whole gradient; give a number, or train with DDP")
 
 # %% ../nbs/19_trainer.ipynb #76b07480
 def fields_read(supervisions: Sequence[Supervision]) -> tuple[str, ...]:
@@ -195,10 +202,12 @@ class DSFTTrainer(Trainer):
     further columns are ignored. x_tgt is read whole, what follows it is cut to `max_length` and the positions of the model. Logs
     `loss_tft`, `loss_lc` and `loss_et` beside `loss`: in training the means over the steps since the last log, in evaluation
     (`eval_...`) those over the whole evaluation set. A stage with several supervisions logs the sum of theirs, before weighting; one
-    with none logs 0. `compute_metrics` and `predict` get for each example the likeliest token at each position of y_tgt, -100 on padding.
+    with none logs 0. `clipped` is the share of the steps since the last log whose gradient was longer than `max_grad_norm`. With
+    `gradient_norm_steps`, and for a weight that is balanced, the norm of each loss's gradient is logged as `grad_norm_<loss>` with its
+    weight. `compute_metrics` and `predict` get for each example the likeliest token at each position of y_tgt, -100 on padding.
 
     Raises `UnsupportedArchitecture` for a model that cannot be served, `ValueError` for a layer outside 1..L, an argument that the
-    losses would pass by or rows that cannot be read, `RuntimeError` when several processes or FSDP were asked for and are not what
+    losses would pass by, a balanced weight under FSDP or rows that cannot be read, `RuntimeError` when several processes or FSDP were asked for and are not what
     runs, and `NotFinite` in training when a loss or a gradient is NaN or infinite.
     """
 
@@ -213,9 +222,11 @@ class DSFTTrainer(Trainer):
         data_collator: Callable | None = None,  # default: collate with the tokenizer's pad token
         processing_class: Any = None,  # the tokenizer; saved with the model
         max_length: int | None = None,  # tokens of x_tgt and what follows it, besides the limit of the model
+        gradient_norm_steps: int = 0,  # log the norm of each loss's gradient every so many steps, where there are supervisions; 0: never
         **kwargs: Any,  # as for transformers.Trainer
     ):
         self.asked, self.path, self.max_length, self._collates = tuple(supervisions), path, max_length, data_collator is None
+        self.gradient_norm_steps, self._step_batches = gradient_norm_steps, []
         if model is not None:  # before anything is moved or written
             active(self.asked, find_backbone(model))
         if args is not None:
@@ -223,9 +234,10 @@ class DSFTTrainer(Trainer):
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         _refuse_fallback(self.accelerator, self.args)
         _refuse_engine(self.accelerator)
+        _refuse_sharded_balance(self.accelerator, self.asked)
         self.label_names = ["y_tgt"]  # tells the Trainer that an evaluation has a loss
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` says, for older versions of transformers
-        self._means = RunningMeans(LOSSES, self.args.device)
+        self._begin_means()
         self._serve(self.model)
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK):
             self.add_callback(PlainProgress)
@@ -241,12 +253,18 @@ class DSFTTrainer(Trainer):
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
         _refuse_bypassed(self.args, self.asked, self.compute_loss_func)  # a search over hyperparameters may have changed them
-        self._means = RunningMeans(LOSSES, self.args.device)  # without what a try with too large batches left
+        self._begin_means()  # without what a try with too large batches left
         return super()._inner_training_loop(batch_size, **kwargs)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Tensor]], Tensor | None]:
         """As ever, but nothing once all steps are made: going on from the last checkpoint of a finished training, transformers would make one more."""
         return ([], None) if self.is_in_train and self.state.global_step >= self.state.max_steps else super().get_batch_samples(*args)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """As ever; before the first piece of a step the norms of the losses' gradients are measured, where it is time, and the weights set."""
+        if self._step_batches and inputs is self._step_batches[0]:
+            self._weigh(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
         self._check_rows(dataset, description)
@@ -259,7 +277,7 @@ class DSFTTrainer(Trainer):
         """As ever; a log of the training loss also gets the mean of each of the losses since the last one."""
         if "loss" in logs and self._means.steps:
             means = self._means.take(self.accelerator)
-            logs = {"loss": logs.pop("loss"), **{f"loss_{name}": mean for name, mean in means.items()}, **logs}
+            logs = {"loss": logs.pop("loss"), **{f"loss_{name}": mean for name, mean in means.items()}, **logs, **self._clipped.take(self.accelerator)}
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -287,6 +305,11 @@ class DSFTTrainer(Trainer):
         return norm
 
 # %% ../nbs/19_trainer.ipynb #63b26ea9
+@patch
+def _begin_means(self: DSFTTrainer) -> None:
+    self._means, self._clipped = (RunningMeans(names, self.args.device) for names in (LOSSES, ("clipped",)))
+
+
 @patch
 def _serve(self: DSFTTrainer, model: torch.nn.Module) -> None:
     """Take the terms and the limits of rows from a model: the one that was given, or each that `model_init` makes."""
@@ -361,6 +384,29 @@ def compute_loss(self: DSFTTrainer, model, inputs, return_outputs=False, num_ite
         self._means.add(outputs, 1 / self.current_gradient_accumulation_steps)
     return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+# %% ../nbs/19_trainer.ipynb #6c5dcbc5
+@patch
+def _measure(self: DSFTTrainer, batch: dict[str, Tensor]) -> list[float]:
+    """‖∇L‖ of each term without its weight, on this batch; the mean over the processes."""
+    self.model.train()
+    device, terms = self.args.device, [replace(t, weight=1.0) for t in self.terms]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), self.accelerator.autocast():
+        norms = term_gradient_norms(self.model, self._prepare_inputs(batch), terms, self.path)
+    return self.accelerator.reduce(torch.tensor(norms, dtype=torch.float64, device=device), "mean").tolist()
+
+
+@patch
+def _weigh(self: DSFTTrainer, batch: dict[str, Tensor]) -> None:
+    """Set the weights of the coming step; where it is time, measure first, on the step's first batch, and log it."""
+    step, names, measured = self.state.global_step, term_names(self.terms), {}
+    every = [self.gradient_norm_steps * (not self.is_fsdp_enabled), *(s.weight.every for s in self.supervisions if is_balanced(s))]
+    if self.supervisions and any(n and step % n == 0 for n in every):
+        measured = {f"grad_norm_{name}": norm for name, norm in zip(names, self._measure(batch))}
+    log = [*self.state.log_history, measured | {"step": step}]
+    self.terms = weighted(self.terms, self.supervisions, log, step / self.state.max_steps)
+    if measured:
+        self.log(measured | {f"weight_{name}": t.weight for name, t in zip(names[1:], self.terms[1:])})
+
 # %% ../nbs/19_trainer.ipynb #a78290f4
 @patch
 def prediction_step(self: DSFTTrainer, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -410,6 +456,7 @@ def _require_finite(self: DSFTTrainer, norm: Any) -> None:
         spoilt = [name for name, value in zip(LOSSES, losses) if not isfinite(value)]
         what = f"{', '.join(spoilt)} not finite" if spoilt else f"the norm of the gradient is {gradient}"
         self._stop(self._step_batches, self.train_dataset, f"step {self.state.global_step + 1}", what)
+    self._clipped.add({"clipped": torch.tensor(0 < self.args.max_grad_norm < gradient)}, 1)
 
 
 @patch
@@ -434,7 +481,8 @@ def _stop(self: DSFTTrainer, batches: Sequence[dict[str, Tensor]], dataset: Any,
     process = f" process {self.args.process_index}" if self.args.process_index else ""
     folder = Path(self.args.output_dir) / f"stopped {when}{process}".replace(" ", "-")
     computed = {"path": self.path, "autocast": self.accelerator.mixed_precision, "attention": self.model.config._attn_implementation}
-    keep(folder, kept or list(batches), self.supervisions, when=when, found=told, **computed)
+    supervisions = [replace(s, weight=t.weight) for s, t in zip(self.supervisions, self.terms[1:])]  # as they weigh now
+    keep(folder, kept or list(batches), supervisions, when=when, found=told, **computed)
     weights = alone and self._keep_weights(folder)
     how = f"dsft.not_finite.replay({str(folder)!r}) computes {'it' if weights else 'it, with a model of yours,'} again"
     raise NotFinite(f"{when}: {told}; stopped before the weights changed: lower the learning rate, or mend the examples; {how}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'COLUMNS', 'load_recipe', 'recipe_options', 'check_recipes', 'training_rows', 'row_length', 'training_data',
-           'Checkpoints', 'last_complete_checkpoint', 'training_arguments', 'train_stage', 'fine_tune', 'save_training',
-           'train']
+           'Checkpoints', 'last_complete_checkpoint', 'training_arguments', 'train_stage', 'clipped_share', 'fine_tune',
+           'save_training', 'train']
 
 # %% ../nbs/20_training.ipynb #1f9f1f05
 import json
@@ -224,7 +224,7 @@ def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrai
     with arguments.main_process_first(desc="data"):  # what it tokenised the others find in the cache
         rows, examples = training_data(run, stage, tokenizer, number)
     _note_origin(run, rows, [arguments.output_dir, *([start] if number > 1 else [])], number)
-    data = {"train_dataset": examples, "processing_class": tokenizer, "max_length": row_length(run)}
+    data = {"train_dataset": examples, "processing_class": tokenizer, "max_length": row_length(run), "gradient_norm_steps": recipe.gradient_norm_steps}
     trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **data)
     with writing(arguments.output_dir):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
@@ -232,8 +232,19 @@ def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrai
 
 # %% ../nbs/20_training.ipynb #151e79e3
 def _log(trainer: DSFTTrainer) -> list[dict[str, Any]]:
-    """The entries of the log that tell of losses, sorted by key, as they are in a checkpoint."""
-    return [dict(sorted(entry.items())) for entry in trainer.state.log_history if "loss" in entry]
+    """The entries of the log that tell of losses or of their gradients, sorted by key, as they are in a checkpoint."""
+    return [dict(sorted(entry.items())) for entry in trainer.state.log_history if "loss" in entry or "grad_norm_tft" in entry]
+
+
+def clipped_share(logs: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """Share of the optimizer steps whose gradient was clipped, by the logs of the stages of a training."""
+    clipped = steps = 0.0
+    for log in logs:
+        told = [entry for entry in log if "clipped" in entry]
+        for before, entry in zip([0, *(entry["step"] for entry in told)], told):
+            clipped += entry["clipped"] * (entry["step"] - before)
+        steps += told[-1]["step"] if told else 0
+    return clipped / steps if steps else 0.0
 
 
 def _train_seconds(trainer: DSFTTrainer) -> float:
@@ -280,16 +291,17 @@ def save_training(run: Run, trainer: DSFTTrainer, started: float, command: str) 
     checkpoints = Path(trainer.args.output_dir).parent if last > 1 else Path(trainer.args.output_dir)  # named after the inputs as they were then
     read = lambda name: json.loads((checkpoints / name).read_text(encoding="utf-8"))
     before, origins = ([read(name.format(n)) for n in range(1, until)] for name, until in (("stage{}-model/stage.json", last), ("stage{}-origin.json", last + 1)))
+    logs = [*(stage["log"] for stage in before), _log(trainer)]
     with replacing(run.trained) as folder:
         trainer.export(folder)
         origin = origins[0] | {"data_sha256": " ".join(origin["data_sha256"] for origin in origins)}
         steps = {
             "steps": trainer.state.global_step + sum(stage["steps"] for stage in before),
             "train_seconds": round(_train_seconds(trainer) + sum(stage["train_seconds"] for stage in before), 4),
+            "clipped": round(clipped_share(logs), 4),
         }
         (folder / "provenance.json").write_text(json.dumps(provenance(command, started, **origin) | steps, indent=1) + "\n", encoding="utf-8")
         seal(folder)
-    logs = [*(stage["log"] for stage in before), _log(trainer)]
     several = len(logs) > 1
     write_jsonl(run.training_folder / "train_log.jsonl", [entry | ({"stage": n} if several else {}) for n, log in enumerate(logs, 1) for entry in log])
     for old in run.training_folder.glob("checkpoints-*"):

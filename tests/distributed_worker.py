@@ -1,6 +1,7 @@
 """What test_distributed.py starts on two processes: DSFTTrainer on 2 examples x 2 accumulation steps in each, case after case."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def train(engine: str, supervisions: str, variant: str, out: Path) -> None:
     trainer.export(out)
 
 
+def balance(engine: str, folder: Path) -> None:
+    """Each process measures a batch of its own, and all weigh by their mean; where no process has a whole gradient, this is refused."""
+    supervisions = tuple(replace(s, weight="balanced") for s in tiny.SUPERVISIONS["logits"])
+    if engine == "fsdp2":
+        with pytest.raises(ValueError, match="weight = balanced under FSDP"):
+            tiny.trainer(folder, supervisions)
+        return
+    trainer = tiny.trainer(folder, supervisions, per_device_train_batch_size=4, max_steps=2)
+    trainer.train()
+    weights = trainer.accelerator.gather(torch.tensor([[t.weight for t in trainer.terms]]))
+    assert len(weights) == 2 and torch.equal(weights[0], weights[1]) and not (weights[0, 1:] == 1).any()
+
+
 def main(engine: str, folder: Path) -> None:
     if engine == "fsdp2":
         with pytest.raises(RuntimeError, match="FSDP was asked for, but accelerate runs MULTI_CPU"):
@@ -46,6 +60,7 @@ def main(engine: str, folder: Path) -> None:
         let_accelerate_shard_on_cpu()
     for supervisions, variant in tiny.DISTRIBUTED[engine]:
         train(engine, supervisions, variant, folder / f"{supervisions}, {variant}")
+    balance(engine, folder / "balanced")
     dsft.training.train(str(folder / "study.yaml"))
 
 

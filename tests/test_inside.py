@@ -2,18 +2,24 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dsft.backbone
 from dsft.checks import check_facts
+from dsft.data import TokenizedExample
 from dsft.files import ParamsError
-from dsft.inside import base_curves, first_tokens, language_curves, look_inside, parallel_clozes, read_clozes, tokenize_clozes
+from dsft.inside import base_curves, derangement, first_tokens, held_out_examples, language_curves, look_inside, measured_supervisions
+from dsft.inside import parallel_clozes, query_gap_rows, query_gaps, read_clozes, tokenize_clozes
+from dsft.methods import METHODS, Supervision, method_from_name
 from dsft.microcosm import World
 from dsft.results import Inside, LayerEntropy, RuleChoice, read_result, write_result
 from dsft.selection import Curves, every_choice
-from dsft.study import Study, load_study
+from dsft.study import Run, Study, load_study
+from dsft.tasks import write_tasks
 
 WORDS = ["[UNK]", "France", "Italy", "is", "ruled", "from", "法国", "意大利", "的", "首都", "为", "Paris", "Rome", "巴黎", "罗马", "."]
 ID = {word: n for n, word in enumerate(WORDS)}
@@ -191,3 +197,79 @@ def test_layers_file_of_every_age(tmp_path):
     assert read_result(tmp_path / "layers.json", LayerEntropy).premise is False
     with pytest.raises(ValueError, match="english has 2 values, entropy has 6"):
         LayerEntropy(**old, english=[0.1] * 2)
+
+
+def rows_of(count: int) -> list[TokenizedExample]:
+    return [TokenizedExample(*(row[field] for field in TokenizedExample._fields)) for row in tiny.data(count)]
+
+
+def loss_by_hand(model, example: TokenizedExample, s: Supervision) -> tuple[float, int]:
+    """The loss of one example summed, and what it is a mean over, from transformers' own hidden states."""
+    states = lambda ids: model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    if s.kind == "feature":
+        h_en = states(example.x_en)[tiny.LAYERS if s.stage == "et" else s.layer][0].mean(0)
+        return 1 - float(F.cosine_similarity(h_en, states(example.x_tgt)[s.layer][0].mean(0), dim=0)), 1
+    said = example.x_en if s.stage == "lc" else example.y_en
+    hidden = states(example.x_tgt + said)[s.layer][0, len(example.x_tgt) - 1 : -1]
+    return float(F.cross_entropy(model.lm_head(model.model.norm(hidden)), torch.tensor(said), reduction="sum")), len(said)
+
+
+@pytest.mark.parametrize("s", [Supervision(stage=stage, kind=kind, layer=layer) for stage, layer in (("lc", 1), ("et", 3)) for kind in ("logits", "feature")], ids=str)
+@torch.no_grad()
+def test_the_query_gap_is_the_loss_of_matched_minus_that_of_mismatched_pairs(s):
+    model, examples = tiny.model().eval(), rows_of(11)
+    means = []
+    for other in (list(range(11)), derangement(11, seed=5)):
+        found = [loss_by_hand(model, e._replace(x_tgt=examples[n].x_tgt), s) for e, n in zip(examples, other)]
+        means.append(sum(loss for loss, _ in found) / sum(count for _, count in found))
+    for batch_size in (3, 32):
+        assert query_gaps(model, examples, [s], seed=5, batch_size=batch_size) == pytest.approx([means[0] - means[1]], abs=2e-5)
+    weighted = Supervision(stage=s.stage, kind=s.kind, layer=s.layer, weight="balanced")
+    assert query_gaps(model, examples, [weighted], seed=5) == pytest.approx([means[0] - means[1]], abs=2e-5)  # weights do not count
+
+
+def test_a_model_that_learned_to_convert_has_a_gap_and_one_that_does_not_look_at_the_query_has_none():
+    """Without attention a state knows its own token only, and all queries end with the same one."""
+    model = tiny.model().eval()
+    lc, et = METHODS["dsft_logits"].at(1, 2)
+    examples = [e._replace(x_tgt=[*e.x_tgt, 96]) for e in rows_of(9)]
+    looking = query_gaps(model, examples, [lc, et])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    assert query_gaps(model, examples, [lc, et]) == [0.0, 0.0] and all(looking)
+
+    model, copies = tiny.model(), [e._replace(x_en=e.x_tgt) for e in rows_of(8)]  # English that says what the query says
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        ids = torch.tensor([(e.x_tgt + e.x_en)[:6] for e in copies])
+        F.cross_entropy(model(ids).logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten()).backward()
+        optimizer.step()
+    assert query_gaps(model.eval(), copies, [Supervision(stage="lc", kind="logits", layer=tiny.LAYERS)])[0] < -0.1
+
+
+def test_no_query_stays_with_its_example():
+    for seed in range(20):
+        assert all(n != other for n, other in enumerate(derangement(7, seed))) and sorted(derangement(7, seed)) == list(range(7))
+    assert derangement(50, 1) == derangement(50, 1) != derangement(50, 2)
+
+
+def test_what_is_measured_is_what_the_method_supervises(tmp_path):
+    study = load_study("smoke").model_copy(update={"runs": str(tmp_path)})
+    measured = lambda name: {(s.stage, s.kind): s for s in measured_supervisions(Run(study, "mini-llama", "zh", method_from_name(name), 0), 1, 3)}
+    assert {key: s.layer for key, s in measured("tft").items()} == {("lc", "logits"): 1, ("lc", "feature"): 1, ("et", "logits"): 3, ("et", "feature"): 3}
+    assert {key: s.layer for key, s in measured("dsft_feature_at2_4").items()} == {("lc", "logits"): 2, ("lc", "feature"): 2, ("et", "logits"): 4, ("et", "feature"): 4}
+    assert measured("dsft_feature_last")["et", "feature"].pooling == "last" and measured("dsft_feature_last")["et", "logits"] == METHODS["et_logits"].at(1, 3)[0]
+
+
+def test_the_examples_are_held_out_and_any_two_of_them_fit_together(tmp_path, tokenizer):
+    study = load_study("smoke").model_copy(update={"runs": str(tmp_path)})
+    assert held_out_examples(study, "zh", tokenizer, 200, 1024) == []  # nothing was asked yet
+    assert query_gap_rows(told({}), tokenizer, study.run("mini-llama", "zh", "base", 0), 1, 2) == []
+    write_tasks(study, "zh"), write_tasks(study, "en")
+    examples = held_out_examples(study, "zh", tokenizer, 200, 1024)
+    assert len(examples) == study.data.held_out == 24
+    longest = sorted(max(map(len, example)) for example in examples)
+    some = held_out_examples(study, "zh", tokenizer, 200, 2 * longest[11] + 1)
+    assert some == [example for example in examples if max(map(len, example)) <= longest[11]]

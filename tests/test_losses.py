@@ -441,3 +441,20 @@ def test_a_row_beyond_the_positions_is_refused():
             dsft_loss(model, longer, supervisions)
     wide = collate([TokenizedExample(**row | {"x_en": [6] * 19}), TokenizedExample(*([5] * 1,) * 4)], 0)
     assert torch.isfinite(dsft_loss(model, wide, SETS["feature"])["loss"])  # x_en by itself fits
+
+
+@pytest.mark.parametrize("kind", ("logits", "feature"))
+@pytest.mark.parametrize("name", ("llama-tied", "gemma2", "gpt-neox"))
+def test_a_loss_that_does_not_train_the_embeddings_trains_the_layers_as_ever(name, kind, true_double):
+    model, batch = tiny_model(name, torch.float64), collate(examples(), 0)
+    lc = replace(LC, kind=kind, english_gradient=kind == "feature")
+    table = next(name for name, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+    for path in PATHS:
+        plain, stopped = (dsft_loss(model, batch, [replace(lc, update_embeddings=wanted)], path) for wanted in (True, False))
+        assert [stopped[name].item() for name in ("tft", "lc")] == pytest.approx([plain[name].item() for name in ("tft", "lc")], rel=1e-12)
+        free, kept = (gradients(model, out["lc"]) for out in (plain, stopped))
+        assert free.pop(table).abs().max() > 0 and not kept.pop(table).any()
+        assert relative_error(kept, free) < 1e-10
+        both = gradients(model, dsft_loss(model, batch, [replace(lc, update_embeddings=False), ET], path)["loss"])
+        alone = gradients(model, dsft_loss(model, batch, [ET], path)["loss"])
+        assert relative_error({table: both[table]}, {table: alone[table]}) < 1e-10  # LC added nothing to it

@@ -15,10 +15,10 @@ import papermill
 import pytest
 
 from dsft.files import ParamsError
-from dsft.report import TABLE_COLUMNS, caption, paper_layout, paper_table, published_numbers, save_figure, summarise, verdict, write_table
+from dsft.report import TABLE_COLUMNS, caption, paper_layout, paper_table, published_numbers, query_gap_table, query_gap_text, save_figure, summarise, verdict, write_table
 from dsft.metrics import NLU, QA
-from dsft.results import CELL, METHOD_COLUMNS, RESULT_COLUMNS, in_bits, in_percent, load_costs, load_entropy, load_inside, load_item_scores, load_results
-from dsft.results import write_csv, write_items, write_provenance
+from dsft.results import CELL, GAP_COLUMNS, METHOD_COLUMNS, RESULT_COLUMNS, in_bits, in_percent, load_costs, load_entropy, load_inside, load_item_scores
+from dsft.results import load_query_gaps, load_results, write_csv, write_items, write_provenance
 from dsft.statistics import bootstrap, compare, contrast, estimate, gains, holm
 from dsft.study import load_study
 
@@ -313,6 +313,32 @@ def test_costs_and_what_was_read_inside(project):
     file.write_text(json.dumps(found | {"seed": 2}))
     with pytest.raises(ParamsError, match=r"inside\.json: written for another run, toy micro-llama zh tft 2; delete that file"):
         load_inside(load_study("toy"))
+
+
+def test_query_gaps_stand_beside_those_of_the_base(project):
+    """By hand: LC is as blind to the query after training as before, ET is not; the base is measured once, at the critical layers."""
+    values = {("base", 0): (-0.01, -0.02, -0.5, -0.06)} | {("tft", seed): (0.0, -0.03, -0.6 - 0.1 * seed, -0.05) for seed in range(3)}
+    values |= {("dsft_logits", seed): (-0.011, -0.04, -3.0 - seed, -0.07) for seed in range(3)}
+    names = [f"query_gap_{stage}_{kind}" for stage in ("lc", "et") for kind in ("logits", "feature")]
+    for (method, seed), found in values.items():
+        key = {"study": "toy", "model": "micro-llama", "lang": "zh", "method": method, "seed": seed}
+        rows = [{"layer": 2 if "lc" in name else 3, "quantity": name, "value": value} for name, value in zip(names, found)]
+        rows.append({"layer": 3, "quantity": "en", "value": 0.5})
+        (project / f"runs/toy/micro-llama/zh/{method}/seed{seed}/inside.json").write_text(json.dumps(key | {"rows": rows}))
+    gaps = load_query_gaps(load_study("toy"))
+    assert list(gaps) == [*GAP_COLUMNS, *METHOD_COLUMNS] and len(gaps) == 2 * 7
+    assert gaps.query("method == 'dsft_logits' and seed == 2 and kind == 'logits'")[["query_gap_lc", "query_gap_et"]].values.tolist() == [[-0.011, -5.0]]
+    table = query_gap_table(load_study("toy"))
+    assert table[["method", "kind", "seeds"]].values.tolist() == [["tft", "feature", 3], ["tft", "logits", 3], ["dsft_logits", "logits", 3]]
+    last = table.iloc[-1]
+    assert last[["query_gap_lc_before", "query_gap_lc", "query_gap_et_before", "query_gap_et"]].tolist() == pytest.approx([-0.01, -0.011, -0.5, -4.0])
+    assert query_gap_table(load_study("toy"), ["dsft_logits"], {"vi"}).empty and len(query_gap_table(load_study("toy"), ["dsft_logits"], {"zh"})) == 1
+    text = query_gap_text(table)
+    assert "| DSFT-logits | logits | -0.010 | -0.011 | -0.500 | -4.000 |" in text
+    assert query_gap_text(query_gap_table(load_study("toy"), ["sft"])) == "The query gap was not measured in these runs."
+    write_csv(load_inside(load_study("toy")).drop(columns=METHOD_COLUMNS), "figures/toy/inside.csv")  # a clone has this file and no runs
+    (project / "runs").rename(project / "elsewhere")
+    pd.testing.assert_frame_equal(query_gap_table(load_study("toy")), table)
 
 
 # ---- bits a byte and clusters

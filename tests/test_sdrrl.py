@@ -141,7 +141,9 @@ def test_the_mix_of_real_alpaca_goes_on_after_a_kill(tmp_path, monkeypatch):
     by = {row["id"]: row for row in rows}
     for n in {row["id"].split("/")[0] for row in rows if row["task"] == "question"}:
         four = {c: by[f"{n}/{c}"] for c in recipe_options(run.study, "sdrrl").combinations}
-        assert four["en-en"]["x_tgt"] == four["en-tgt"]["x_tgt"] == four["tgt-en"]["x_en"] != four["tgt-en"]["x_tgt"] == four["tgt-tgt"]["x_tgt"]
+        asked = {c: row["x_tgt"].replace(f" Answer in {named}.", "") for (c, row), named in zip(four.items(), ("English", "Vietnamese", "English", "Vietnamese"), strict=True)}
+        assert asked["en-en"] == asked["en-tgt"] == four["tgt-en"]["x_en"] != asked["tgt-en"] == asked["tgt-tgt"]
+        assert [c for c in four if asked[c] != four[c]["x_tgt"]] == ["en-tgt", "tgt-en"]  # these say in which language
         assert four["en-en"]["y_tgt"] == four["tgt-en"]["y_tgt"] == four["tgt-tgt"]["y_en"] and four["en-tgt"]["y_tgt"] == four["tgt-tgt"]["y_tgt"]
     assert all(row[field] for row in rows for field in ("x_tgt", "y_tgt", "x_en", "y_en"))
 

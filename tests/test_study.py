@@ -9,6 +9,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from dsft.files import ParamsError
+from dsft.methods import Weight
+from dsft.study import load_study
+
 ROOT = Path(__file__).parents[1]
 BRIDGE = {"name": "bridge", "stages": [{"rows": ["en", "translate"]}]}  # a method that needs no code
 METHODS = ["base", "tft", "dsft_logits", "bridge"]
@@ -96,3 +100,27 @@ def test_data_that_are_not_parallel_are_one_line(tmp_path):
     files = {lang: str(tmp_path / f"{lang}.json") for lang in ("en", "zh")}
     result = make(write_study(tmp_path, "lopsided", data={"source": "files", "files": files, "held_out": 1}))
     assert result.returncode != 0 and "not parallel" in result.stdout and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("weight", "told"), (
+    ("heavy", "weight = 'heavy': give a number, balanced, or {value, share, every, schedule}"),
+    ("-1", "weight = -1: Input should be greater than or equal to 0"),
+    (".inf", "weight = inf: Input should be a finite number"),
+    ("{share: 0.5}", "weight: `share` belongs to value: balanced; remove it, or balance the weight"),
+    ("{value: balanced, share: 0}", "weight.share = 0: Input should be greater than 0"),
+    ("{value: balanced, every: 0}", "weight.every = 0: Input should be greater than 0"),
+    ("{value: equal}", "weight.value = 'equal': give a number, balanced, or {value, share, every, schedule}"),
+    ("{value: 0}", "weight.value = 0: Input should be greater than 0"),
+    ("{schedule: cosine}", "weight.schedule = 'cosine': Input should be 'constant' or 'linear'"),
+    ("{value: balanced, shares: 1}", "weight.shares = 1: unknown field; remove it or correct its name"),
+))  # fmt: skip
+def test_a_weight_that_is_none_is_refused_in_one_line(tmp_path, weight, told):
+    text = "models: {m: {path: m}}\nlanguages: [zh]\nmethods: [{name: own, stages: [{supervisions: [{stage: lc, kind: logits, layer: i, weight: WEIGHT}]}]}]\n"
+    file = tmp_path / "weighed.yaml"
+    file.write_text(text.replace("WEIGHT", weight), encoding="utf-8")
+    with pytest.raises(ParamsError) as error:
+        load_study(file)
+    assert str(error.value).endswith(told) and "\n" not in str(error.value)
+    for fine, value in {"1e-3": 0.001, "0": 0.0, "balanced": Weight(value="balanced"), "{value: 2, schedule: linear}": Weight(value=2.0, schedule="linear")}.items():
+        file.write_text(text.replace("WEIGHT", fine), encoding="utf-8")
+        assert load_study(file).methods[0].supervisions[0].weight == value

@@ -1,6 +1,7 @@
 """DSFTTrainer: what it optimises, what it logs, that it resumes, and that it refuses to train on less than asked for."""
 
 import json
+from dataclasses import replace
 from math import isfinite
 
 import pytest
@@ -13,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from dsft.data import TokenizedExample, collate, parallel_rows
 from dsft.files import ParamsError, write_json
 from dsft.generation import greedy_answers, load_base
-from dsft.losses import dsft_loss, join
-from dsft.methods import METHODS, Method
+from dsft.losses import dsft_loss, gradient_norms, join
+from dsft.methods import METHODS, Method, Weight
 from dsft.study import Study, load_study
 from dsft.trainer import DSFTTrainer
-from dsft.training import Checkpoints, fine_tune, last_complete_checkpoint, training_arguments
+from dsft.training import Checkpoints, clipped_share, fine_tune, last_complete_checkpoint, training_arguments
 
 NAMES = ("loss", "tft", "lc", "et")
 
@@ -112,6 +113,83 @@ def test_resume_is_bit_exact(tmp_path, strategy):
     again.train(resume_from_checkpoint=checkpoint)
     assert tiny.largest_difference(again.model.state_dict(), whole.model.state_dict()) == 0
     assert [losses(log) for log in training_logs(again)[3:]] == [losses(log) for log in training_logs(whole)[3:]]
+
+
+def measured_logs(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if "grad_norm_tft" in log]
+
+
+def weighed(**weight) -> tuple:
+    return tuple(replace(s, weight=Weight(**weight)) for s in METHODS["dsft_logits"].at(1, 2))
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+@pytest.mark.parametrize("weight", ({"value": "balanced", "share": 0.5, "every": 2}, {"value": "balanced", "every": 4, "schedule": "linear"}, {"schedule": "linear"}))
+def test_weights_that_change_are_resumed_bit_exactly(tmp_path, weight, dropout):
+    def make(folder, **more):
+        lm = tiny.model()
+        for layer in lm.model.layers:
+            layer.self_attn.attention_dropout = dropout
+        arguments = dict(optim="adamw_torch", learning_rate=1e-2, max_steps=8, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3)
+        return tiny.trainer(tmp_path / folder, weighed(**weight), lm=lm, per_device_train_batch_size=4, gradient_norm_steps=5, **arguments, **more)
+
+    whole = make("whole")
+    whole.train()
+    make("cut", callbacks=[Checkpoints(), Stop()]).train()
+    checkpoint = last_complete_checkpoint(tmp_path / "cut")
+    assert checkpoint.endswith("checkpoint-3")  # between two estimates
+    again = make("cut")
+    again.train(resume_from_checkpoint=checkpoint)
+    assert tiny.largest_difference(again.model.state_dict(), whole.model.state_dict()) == 0
+    told = lambda trainer: [{key: log[key] for key in sorted(log)} for log in measured_logs(trainer)]
+    assert told(again) == told(whole) and [t.weight for t in again.terms] == [t.weight for t in whole.terms]
+
+
+def test_a_balanced_weight_gives_a_loss_its_share_and_stays_until_the_next_estimate(tmp_path):
+    lc, et = METHODS["dsft_logits"].at(1, 2)
+    supervisions = (replace(lc, weight=Weight(value="balanced", share=0.25, every=3)), replace(et, weight=2.0))
+    trainer, used, model = tiny.trainer(tmp_path, supervisions, max_grad_norm=1.0, train_sampling_strategy="sequential"), [], tiny.model()
+    trainer.add_callback(type("Weights", (transformers.TrainerCallback,), {"on_step_end": lambda self, *args, **kwargs: used.append(trainer.terms[1].weight)})())
+    trainer.train()
+    first, second = measured_logs(trainer)
+    assert (first["step"], second["step"]) == (0, 3) and used == [first["weight_lc"]] * 3 + [second["weight_lc"]] * 2
+    rows = collate([TokenizedExample(*(row[f] for f in TokenizedExample._fields)) for row in tiny.data(8)], 0)
+    norms = gradient_norms(model, rows, (lc, et), "naive")
+    assert [first[f"grad_norm_{name}"] for name in ("tft", "lc", "et")] == pytest.approx(norms, rel=1e-4)
+    assert first["weight_lc"] * norms[1] == pytest.approx(0.25 * norms[0], rel=1e-4) and first["weight_et"] == 2.0
+    total = training_logs(trainer)[0]
+    assert total["loss"] == pytest.approx(total["loss_tft"] + first["weight_lc"] * total["loss_lc"] + 2.0 * total["loss_et"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ("logits", "mixed"))
+def test_measuring_gradients_changes_no_weight(tmp_path, name):
+    trainers = []
+    for every in (0, 2):
+        trainers.append(tiny.trainer(tmp_path, name, gradient_norm_steps=every))
+        for layer in trainers[-1].model.model.layers:
+            layer.self_attn.attention_dropout = 0.3  # draws random numbers
+        trainers[-1].train()
+    plain, measured = trainers
+    assert tiny.largest_difference(plain.model.state_dict(), measured.model.state_dict()) == 0
+    assert not measured_logs(plain) and [log["step"] for log in measured_logs(measured)] == [0, 2, 4]
+    assert [log["loss"] for log in training_logs(plain)] == [log["loss"] for log in training_logs(measured)]
+
+
+@pytest.mark.parametrize(("limit", "expected"), ((0.0, 0.0), (1e-6, 1.0), (1e6, 0.0)))
+def test_the_share_of_clipped_steps_is_logged(tmp_path, limit, expected):
+    trainer = tiny.trainer(tmp_path, max_grad_norm=limit, logging_steps=2)
+    trainer.train()
+    assert [log["clipped"] for log in training_logs(trainer)] == [expected] * 3
+
+
+def test_clipped_steps_are_counted_one_by_one(tmp_path):
+    each = tiny.trainer(tmp_path, "tft", max_grad_norm=1e6)
+    each.train()
+    limit = sorted(log["grad_norm"] for log in training_logs(each))[2]
+    one = tiny.trainer(tmp_path, "tft", max_grad_norm=limit)
+    one.train()
+    assert [log["clipped"] for log in training_logs(one)] == [float(log["grad_norm"] > limit) for log in training_logs(one)]
+    assert clipped_share([training_logs(one), training_logs(one)]) == pytest.approx(sum(log["clipped"] for log in training_logs(one)) / 5)
 
 
 def test_checkpoints_are_sealed_one_is_kept_and_the_seconds_noted(tmp_path):

@@ -52,8 +52,8 @@ def data(n: int = 40) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def trainer(output_dir, supervisions="logits", eval_dataset=None, callbacks=None, lm=None, **arguments) -> DSFTTrainer:
-    """Five SGD steps on 8 examples each (with SGD an error of a gradient stays as large in the weights)."""
+def trainer(output_dir, supervisions="logits", eval_dataset=None, callbacks=None, lm=None, gradient_norm_steps=0, **arguments) -> DSFTTrainer:
+    """Five SGD steps on 8 examples each (with SGD an error of a gradient stays as large in the weights); `supervisions` themselves or a name of SUPERVISIONS."""
     defaults = dict(
         per_device_train_batch_size=8,
         max_steps=5,
@@ -71,7 +71,8 @@ def trainer(output_dir, supervisions="logits", eval_dataset=None, callbacks=None
     )
     args = transformers.TrainingArguments(str(output_dir), **{**defaults, **arguments})
     lm = model() if lm is None else lm
-    return DSFTTrainer(lm, args, SUPERVISIONS[supervisions], train_dataset=data(), eval_dataset=eval_dataset, callbacks=callbacks)
+    given = dict(train_dataset=data(), eval_dataset=eval_dataset, callbacks=callbacks, gradient_norm_steps=gradient_norm_steps)
+    return DSFTTrainer(lm, args, SUPERVISIONS.get(supervisions, supervisions), **given)
 
 
 def largest_difference(a: dict, b: dict) -> float:

@@ -42,6 +42,7 @@ class SDRRLOptions(TranslatorOptions):
 
     rouge_l: Share = 0.5  # the model's own answer is kept where its ROUGE-L against the reference reaches this
     combinations: Annotated[tuple[Combination, ...], Field(min_length=1)] = ("en-en", "en-tgt", "tgt-en", "tgt-tgt")  # languages of question-answer
+    name_language: bool = True  # a question that is answered in the other language says so
     code_switch: Share = 0.15  # probability that a word of a question that the dictionary knows is said in the other language
     translation: Share = 0.1  # translation tasks, as a share of the parallel examples
     completion: Share = 0.1  # completion tasks, likewise
@@ -183,7 +184,7 @@ def _task_rows(run: Run, sentences: list[tuple[str, str]], translations: int, co
 def _question_rows(run: Run, options: SDRRLOptions, pairs: list[Pair], answers: list[tuple[str, str]], dictionary: dict[str, str], rng: random.Random) -> list[dict[str, str]]:
     """The questions in all combinations of languages."""
     template, back = TEMPLATES[run.study.data.template], {word: en for en, word in reversed(dictionary.items())}
-    rows = []
+    named, rows = {"en": language_name("en"), "tgt": language_name(run.lang)}, []
     for pair, (answer_en, answer_tgt) in zip(pairs, answers):
         fields = example_fields(pair, run.lang) | {"o_en": answer_en, "o_tgt": answer_tgt}
         x_en, y_en = say(PATTERNS["en"][0], fields, template)
@@ -191,6 +192,8 @@ def _question_rows(run: Run, options: SDRRLOptions, pairs: list[Pair], answers: 
             asked, answered = combination.split("-")
             words, lang = (dictionary, "en") if asked == "en" else (back, run.lang)
             switched = {name: code_switch(fields[name], words, lang, options.code_switch, rng) for name in (f"i_{asked}", f"n_{asked}")}
+            if asked != answered and options.name_language:
+                switched[f"i_{asked}"] = template.answer_in.format(instruction=switched[f"i_{asked}"], language=named[answered])
             x, y = say(PATTERNS[asked if asked == answered else combination][0], fields | switched, template)
             rows.append({"id": f"{pair.id}/{combination}", "task": "question", "languages": combination, "x_tgt": x, "y_tgt": y, "x_en": x_en, "y_en": y_en})
     return rows
