@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREMISES', 'TABLE_COLUMNS', 'GAP_UNMET', 'READS_QUERY', 'published_numbers', 'summarise', 'verdict', 'markdown_table',
-           'unmet_premises', 'paper_layout', 'drawn_levels', 'power', 'caption', 'write_table', 'one_stage',
-           'paper_table', 'figure_style', 'legend_above', 'save_figure', 'save_without_rows', 'headline']
+           'unmet_premises', 'premises_in_words', 'paper_layout', 'drawn_levels', 'power', 'caption', 'write_table',
+           'one_stage', 'paper_table', 'figure_style', 'legend_above', 'save_figure', 'save_without_rows', 'headline']
 
 # %% ../nbs/26_report.ipynb #73032f68
 import os
@@ -19,9 +19,11 @@ import seaborn as sns
 from fastcore.script import call_parse
 
 from .files import ParamsError, replacing
+from .languages import language_name
 from .methods import Method
 from .metrics import BITS, EVERY_BENCHMARK, direction, metric_of
 from .results import CELL, GAP_COLUMNS, check_records, controls, finished_runs, in_order, in_percent, load_item_scores, load_results, on_target, titles, write_csv
+from .selection import Curves, by_entropy
 from .statistics import compare, equivalent
 from .study import Study, load_study
 
@@ -149,6 +151,21 @@ def _marks(summary: pd.DataFrame, comparison: pd.DataFrame | None) -> list[str]:
     arrows = ["" if (d := sure.get(tuple(row))) is None else " ▲" if d > 0 else " ▼" for row in summary[CELL].itertuples(index=False)]
     return [arrow + (" †" if unmet else "") for arrow, unmet in zip(arrows, _unmet(summary))]
 
+# %% ../nbs/26_report.ipynb #01177715
+def premises_in_words(entropy: pd.DataFrame) -> str:
+    """What deep supervision rests on, a sentence a model (Markdown list), of the rows of `load_entropy`: whether the entropy falls twice, and whether the English answer is ahead at j."""
+    def where(held: dict[str, bool]) -> str:
+        yes = [language_name(lang) for lang, holds in held.items() if holds]
+        return f"in {len(yes)} of {len(held)} languages" + (f" ({', '.join(yes)})" if yes else "")
+
+    lines = []
+    for model, curves in entropy.groupby("model", sort=False):
+        falls = {lang: by_entropy(Curves(curve["entropy"].tolist(), [], [], [])).holds for lang, curve in curves.groupby("lang", sort=False)}
+        at_j = curves[curves["layer"].eq(curves["j"])].dropna(subset=["english", "target"])
+        ahead = where(dict(zip(at_j["lang"], at_j["english"] > at_j["target"]))) if len(at_j) else "not measured"
+        lines.append(f"- {model}: the entropy falls twice {where(falls)}; the English answer is ahead of the target one at layer j: {ahead}.")
+    return "\n".join(lines)
+
 # %% ../nbs/26_report.ipynb #afa36764
 def _text(row) -> str:
     if pd.isna(row.value):
@@ -199,17 +216,20 @@ def drawn_levels(comparison: pd.DataFrame) -> str:
 
 
 def power(comparison: pd.DataFrame, smallest: float) -> str:
-    """What a comparison could have found and what it rules out, a sentence for percentages; `smallest` is the smallest effect of interest in points. Nothing where there is no interval."""
-    known = comparison[comparison["metric"].ne(BITS)].dropna(subset="p") if "detectable" in comparison else comparison[:0]
+    """What a comparison in one unit could have found and what it rules out, in sentences; `smallest` is the smallest effect of interest in points. Nothing where there is no interval."""
+    known = comparison.dropna(subset="p") if "detectable" in comparison else comparison[:0]
     if known.empty:
         return ""
-    same = sum(equivalent(row.low90, row.high90, smallest) for row in known.itertuples())
-    near = known[known["p_holm"].between(0.01, 0.1)]["p_error"].max()
-    text = f"Resampled: {drawn_levels(known)}. A true difference would be found with 80 % power (before Holm's correction) if it were {known['detectable'].median():.1f} points (median of the cells; {known['detectable'].min():.1f} to {known['detectable'].max():.1f}). "
-    text += f"Equivalent to the baseline within ±{smallest:g} points (TOST, 5 %): {same} of {len(known)} cells; a difference that is not significant elsewhere may still be there."
+    of_bits, number = known["metric"].eq(BITS).all(), lambda value: _number(value, known["metric"].iloc[0])
+    middle, least, most = (number(known["detectable"].agg(of)) for of in ("median", "min", "max"))
+    text = f"Resampled: {drawn_levels(known)}. A true difference would be found with 80 % power (before Holm's correction) if it were {middle} {'bits a byte' if of_bits else 'points'} (median of the cells; {least} to {most})."
+    if not of_bits:
+        same = sum(equivalent(row.low90, row.high90, smallest) for row in known.itertuples())
+        text += f" Equivalent to the baseline within ±{smallest:g} points (TOST, 5 %): {same} of {len(known)} cells; a difference that is not significant elsewhere may still be there."
+    near = known.loc[known["p_holm"].between(0.01, 0.1), "p_error"].max()
     return text + ("" if pd.isna(near) else f" Monte-Carlo error of p where it is near 0.05: at most {near:.4f}.")
 
-# %% ../nbs/26_report.ipynb #b8839bd9
+# %% ../nbs/26_report.ipynb #d7072f24
 def caption(summary: pd.DataFrame, published_as: dict[str, str | None] | None = None, comparison: pd.DataFrame | None = None) -> str:
     """What a reader must know beside `paper_layout`: units, seeds, items, chance levels, and what arrows, daggers and brackets are."""
     if summary.empty:
