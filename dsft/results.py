@@ -252,17 +252,19 @@ def with_layers(table: pd.DataFrame, study: Study) -> pd.DataFrame:
     kinds = {name: float if name == "english_at_j" else "boolean" for name in LAYER_COLUMNS}
     return table.reindex(columns=[*table.columns, *(name for name in LAYER_COLUMNS if name not in table)]).astype(kinds)
 
-# %% ../nbs/24_results.ipynb #cf0eaae6
+# %% ../nbs/24_results.ipynb #c7862555
 GAP_COLUMNS = ["query_gap_lc", "query_gap_et"]
 _RUN = ["model", "target", "method", "seed"]
 
 
 def with_query_gaps(table: pd.DataFrame, inside: pd.DataFrame) -> pd.DataFrame:
-    """A table of scores with GAP_COLUMNS, each run's from the rows of `load_inside`; a table that has them keeps them where `inside` has none. Missing: not measured."""
+    """A table that has METHOD_COLUMNS with GAP_COLUMNS, of the stages that a run's method supervises, each run's from the rows of `load_inside`; a table that has them keeps them where `inside` has none. Missing: not measured."""
     stage = inside["quantity"].astype(str).str.extract("^(query_gap_(?:lc|et))", expand=False)
     gaps = inside[stage.notna()].assign(stage=stage).pivot_table(index=_RUN, columns="stage", values="value")
     if len(gaps):
         table = table.drop(columns=GAP_COLUMNS, errors="ignore").join(gaps, on=_RUN)
+        for name in gaps:  # every model is measured; it counts for what was supervised
+            table[name] = table[name].where([name[-2:] in stages.split("_") for stages in table["supervises"]])
     return table.reindex(columns=[*table.columns, *(name for name in GAP_COLUMNS if name not in table)]).astype(dict.fromkeys(GAP_COLUMNS, float))
 
 # %% ../nbs/24_results.ipynb #bdd46138
