@@ -66,6 +66,7 @@ ANALYSES = {
     "data_size": [*of_both("data_size", "data_size_against_tft"), *picture("data_size")],
     "code_switch_sweep": [*of_both("code_switch_sweep"), *picture("code_switch_sweep")],
     "claims": [*of_both("claims"), *picture("claims")],
+    "replication": of_both("replication"),
 }
 
 for prompt in study.evaluation.prompt[1:]:  # the same models, asked in another way
@@ -368,7 +369,7 @@ for name, outputs in ANALYSES.items():
         input:
             results=f"{folder}/results.json",
             layers=LAYERS,
-            claims=OTHER_CLAIMS if name == "claims" else [],
+            claims=[*(OTHER_CLAIMS if name in ("claims", "replication") else []), *([f"{figures}/claims.csv"] if name == "replication" else [])],
             notebook=ancient(f"nbs/analysis/{name}.ipynb"),
         output:
             [f"{figures}/{output}" for output in outputs],

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import yaml
 from fastcore.basics import patch
 from filelock import FileLock
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PrivateAttr, ValidationError, model_validator
 
 from .files import PACKAGE, ParamsError, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by
 from .files import project_root, replacing, versions
@@ -67,6 +67,7 @@ class Study(Part):
     train: TrainParams = TrainParams()
     recipes: dict[str, dict[str, Any]] = {}  # recipe -> its options, which its own module describes (dsft.recipes)
     evaluation: EvalParams = EvalParams()
+    smallest_effect: PositiveFloat = 1.0  # points; smaller differences do not matter: what equivalence means in the tables
     runs: FilePath = "runs"  # folder for everything the study writes
     figures: FilePath = "figures"  # folder for its tables and figures
     _file: str = PrivateAttr("")  # what `load_study` read: a name in params/ or a path

@@ -214,7 +214,7 @@ def test_a_rule_without_its_premise_is_marked(project, monkeypatch):
     assert "chosen by the entropy rule, **what it rests on does not hold here (†)**" in shown
     assert "Asked in Chinese, the English answer is likeliest at layer 2, 0.300, where its own has 0.020; at the last layer they have 0.100 and 0.400." in shown
     shown = analyse(project, "table2", "ruled")
-    note = "†: supervised at layers i and j whose rule has no ground in this model and language (m, zh)"
+    note = "†: a premise of the supervision is not met: the rule that chose the layers has no ground (m zh); the entropy does not fall twice (m zh)."
     assert "| m | DSFT-logits | **70.0 ± 0.0** ▲ † |" in shown and "| m | TFT | 60.0 ± 0.0 |" in shown and note in shown
     monkeypatch.chdir(project)
     study, folder = load_study("ruled"), project / "figures/ruled"
@@ -231,6 +231,9 @@ def test_a_rule_without_its_premise_is_marked(project, monkeypatch):
 def test_a_rule_with_its_premise_is_not_marked(project):
     shown = analyse(with_rule(project, **MEASURED, rule="english"), "figure2", "ruled")
     assert "chosen by the english rule, from 900 tokens" in shown and "(†)" not in shown
+    shown = analyse(project, "table2", "ruled")  # the paper's own premise is told whatever rule chose the layers
+    assert "the entropy does not fall twice (m zh)." in shown and "no ground" not in shown
+    with_rule(project, **MEASURED | {"rules": [RULES[0] | {"holds": True}, RULES[1]]}, rule="english")
     assert "†" not in analyse(project, "table2", "ruled")
     analyse(with_rule(project, **MEASURED | {"english": [], "target": []}, rule="fixed", i=1, j=3), "figure2", "ruled")
     assert pd.read_csv(project / "figures/ruled/entropy.csv")["premise"].isna().all()
@@ -253,26 +256,120 @@ def test_parallel_sentences(project):
     assert "DSFT-feature: retrieval 0.500, cosine gap 0.415" in shown
 
 
-def test_claims(project):
+EFFECTS = {
+    "C1a TFT": (15 + 15 + 10) / 3,  # xquad and truthfulqa 55 - 40, xnli 70 - 60
+    "C1b": 15 - 10,
+    "C2": (15 + 15 + 0) / 3,  # 52 - 37, and 64 - 64
+    "C3": 10 - 0,
+    "C4": 40 - 30,
+    "C5a": ((54 - 37) * 2 + (70 - 55) + (54 - 48) * 2 + (70 - 65)) / 6,
+    "C5b": (24 * 2 + 20 - 2 * 2 - 0) / 3,
+    "C6 gap": 100 * ((0.21 + 0.4) / 2 - 0.1),
+    "C6 retrieval": 0.0,
+    "C7a LC": 50 - 20,
+    "C7a ET": 50 - 30,
+    "C7b LC": 60 - 50,
+    "C7b ET": 70 - 50,
+    "C8": 12 - 60,
+}
+
+
+def test_claims_on_premises_that_nobody_measured(project):
+    """Older runs: the effects stand there, and no verdict but on the claim that rests on no premise."""
     shown = analyse(project, "claims")
-    assert "- nothing." in shown  # all are tested here
     table = pd.read_csv(project / "figures/wide/claims.csv").set_index("claim")
-    expected = {
-        "C1a": (15 + 15 + 10) / 3,  # xquad and truthfulqa 55 - 40, xnli 70 - 60
-        "C1b": 15 - 10,
-        "C2": (15 + 15 + 0) / 3,  # 52 - 37, and 64 - 64
-        "C3": 10 - 0,
-        "C4": 40 - 30,
-        "C5a": ((54 - 37) * 2 + (70 - 55) + (54 - 48) * 2 + (70 - 65)) / 6,
-        "C5b": (24 * 2 + 20 - 2 * 2 - 0) / 3,
-        "C6": 100 * ((0.21 + 0.4) / 2 - 0.1),
-        "C7a": 50 - 25,
-        "C7b": 65 - 50,
-        "C8": 12 - 60,
-    }
-    assert table["effect"].to_dict() == pytest.approx(expected, abs=0.02)
-    assert table["verdict"].to_dict() == {claim: "contradicted" if claim == "C8" else "supported" for claim in expected}
+    assert table.loc["C1a SDRRL", "verdict"] == "not tested" and "- nothing." in shown
+    table = table.drop("C1a SDRRL")
+    assert table["effect"].to_dict() == pytest.approx(EFFECTS, abs=0.02)
+    assert table["verdict"].to_dict() == {claim: "contradicted" if claim == "C8" else "premise not measured" for claim in EFFECTS}
     assert (table["low"] <= table["effect"]).all() and (table["effect"] <= table["high"]).all()
+    assert table.loc["C1a TFT", "paper"] == pytest.approx(1.2, abs=0.1) and table.loc["C7a LC", "paper"] == pytest.approx(68.37 - 36.79, abs=0.01)
+
+
+PREMISES = {"english": [0.0, 0.1, 0.3, 0.1], "target": [0.0, 0.0, 0.02, 0.4], "retrieval": [0.1, 0.6, 0.9, 0.8]}
+
+
+def with_premises(project: Path, name: str, gap: float | None = -0.5, **changes) -> Path:
+    """The study `name`: as `wide`, its premises measured, and met but for the changes to layers.json and the query gap of the losses."""
+    (project / "params" / f"{name}.yaml").write_text(STUDY)
+    copy_runs(project / "runs/wide/m/zh", project / f"runs/{name}/m/zh", {'"wide"': f'"{name}"'})
+    layers = json.loads((project / "runs/wide/m/zh/layers.json").read_text())
+    (project / f"runs/{name}/m/zh/layers.json").write_text(json.dumps(layers | PREMISES | changes))
+    for file in (project / f"runs/{name}/m/zh").glob("*/*/inside.json") if gap is not None else ():
+        found = json.loads(file.read_text())
+        found["rows"] += [{"layer": 1, "quantity": f"query_gap_{stage}_{kind}", "value": gap} for stage, kind in (("lc", "logits"), ("et", "logits"))]
+        file.write_text(json.dumps(found))
+    return project
+
+
+@pytest.mark.parametrize("gap", [None, -0.5])
+def test_claims_on_premises_that_are_met(project, gap):
+    name = f"met{gap is None}"
+    shown = analyse(with_premises(project, name, gap), "claims", name)
+    table = pd.read_csv(project / f"figures/{name}/claims.csv").set_index("claim").drop("C1a SDRRL")
+    assert table["effect"].to_dict() == pytest.approx(EFFECTS, abs=0.02) and set(table["premise"]) == {"met", "none needed"}
+    assert table["verdict"].to_dict() == {claim: "supported" for claim in EFFECTS} | {"C8": "contradicted", "C6 retrieval": "equivalent"}
+    assert f"The query gap was {'not ' if gap is None else ''}measured." in shown
+    assert "†" not in analyse(project, "table2", name)
+
+
+UNMET = {  # what is not met -> how the study differs, and how it is told
+    "falls": ({"entropy": [6.0, 5.9, 5.8, 5.7]}, "the entropy does not fall twice"),
+    "tied": ({"entropy": [0.0, 2.9, 2.9, 1.0]}, "the entropy does not fall twice"),
+    "english": ({"english": [0.0, 0.1, 0.01, 0.1]}, "the English answer is not ahead of the target one at j"),
+    "rule": ({"rules": [{"rule": "entropy", "i": 1, "j": 2, "holds": False, "rests_on": "nothing"}]}, "the rule that chose the layers has no ground"),
+    "query": ({"gap": -0.011}, "the loss hardly reads the query"),
+    "wrong query": ({"gap": 0.2}, "the loss hardly reads the query"),
+}
+
+
+@pytest.mark.parametrize("case", UNMET)
+def test_an_unmet_premise_is_not_hidden(project, case):
+    """Not in the claims, whatever the effect; not in the tables; not on the page of the replication."""
+    changes, told = UNMET[case]
+    name = "unmet_" + case.replace(" ", "_")
+    shown = analyse(with_premises(project, name, **changes), "claims", name)
+    table = pd.read_csv(project / f"figures/{name}/claims.csv").set_index("claim").drop("C1a SDRRL")
+    assert table["effect"].to_dict() == pytest.approx(EFFECTS, abs=0.02) or case in ("falls", "tied")  # the effect stays; C5's layer is another one then
+    swept = ["C5a", "C5b"] if case.endswith("query") else []  # ET at layers by number: their gap was not measured as that of the claim's methods
+    hidden = table.drop(["C8", *swept], errors="ignore")
+    judged = hidden[hidden["verdict"].isin(["supported", "contradicted", "equivalent", "undecided"])]
+    assert judged.empty, judged
+    assert told in shown and told in (project / f"figures/{name}/claims.md").read_text()
+    shown = analyse(project, "table2", name)
+    assert re.search(r"\| m \| DSFT-logits \| [^|]*†", shown) and told in shown and not re.search(r"\| m \| TFT \| [^|]*†", shown)
+    analyse(project, "replication", name)
+    page = pd.read_csv(project / f"figures/{name}/replication.csv").set_index("claim")
+    assert (project / f"figures/{name}/replication.md").exists() and page.loc["C8", "verdict in the microcosm"].startswith("the opposite was found here; that does not refute")
+
+
+def test_models_that_meet_the_premises_are_told_apart(project):
+    """Two models of which one meets them: two rows, and the verdict is of one model alone."""
+    name = "two_models"
+    (project / "params" / f"{name}.yaml").write_text(STUDY.replace("  m: {path: nowhere/m}", "  m: {path: nowhere/m}\n  n: {path: nowhere/n}"))
+    layers = json.loads((project / "runs/wide/m/zh/layers.json").read_text()) | PREMISES
+    for model, english in (("m", [0.0, 0.1, 0.3, 0.1]), ("n", [0.0, 0.1, 0.0, 0.1])):
+        copy_runs(project / "runs/wide/m/zh", project / f"runs/{name}/{model}/zh", {'"wide"': f'"{name}"', '"model": "m"': f'"model": "{model}"'})
+        (project / f"runs/{name}/{model}/zh/layers.json").write_text(json.dumps(layers | {"model": model, "english": english}))
+    analyse(project, "claims", name)
+    rows = pd.read_csv(project / f"figures/{name}/claims.csv").query("claim == 'C1a TFT'")
+    assert rows[["premise", "verdict"]].to_numpy().tolist() == [["met", "supported"], ["not met", "premise not met"]]
+    assert rows["items"].tolist() == [3 * ITEMS] * 2
+
+
+def test_floors_are_left_out(project):
+    """Where base and best lie within 5 points of chance nothing can show: the cell counts in no effect."""
+    name = "floor"
+    with_premises(project, name)
+    for file in (project / f"runs/{name}/m/zh").glob("*/*/metrics.json"):
+        content = json.loads(file.read_text())
+        for score in content["scores"]:
+            score |= {"chance": 69.0} if score["dataset"] == "xnli" else {}
+        file.write_text(json.dumps(content))
+    shown = analyse(project, "claims", name)
+    table = pd.read_csv(project / f"figures/{name}/claims.csv").set_index("claim")
+    assert "Left out here: 1 of 3 cells" in shown and "1 cells at floor or ceiling left out." in shown
+    assert table.loc["C1a TFT", "effect"] == pytest.approx(15, abs=0.02) and table.loc["C1b", "verdict"] == "not tested"
 
 
 # The methods of `wide` under names that say nothing: what they are stands in the study, and from there in the columns of the tables.
@@ -357,10 +454,10 @@ def test_one_seed_has_no_interval(project):
     assert not any("nan" in text for text in shown.values())
     assert "2.0 points are lost by following it. Significantly better" in shown["layers"]  # there is no other seed to choose on
     assert "TFT on as many +16.7." in shown["data_size"] and "DSFT-logits-positional: -26.7 points against the default" in shown["readings"]
-    assert "undecided, +10.0 points." in shown["claims"]
+    assert "premise not measured, +10.0 points." in shown["claims"]
 
 
-NEEDING_SWEEPS = ["table3", "table4", "figure3", "layers", "readings", "data_size", "code_switch_sweep", "inside", "figure4", "claims"]
+NEEDING_SWEEPS = ["table3", "table4", "figure3", "layers", "readings", "data_size", "code_switch_sweep", "inside", "figure4", "claims", "replication"]
 
 
 def declared(prompts: tuple[str, ...] = ("dsft",)) -> dict[str, list[str]]:
@@ -382,7 +479,7 @@ def test_a_study_without_these_runs_says_so(project):
     assert "Study narrow sweeps no knob of the pretraining text" in shown["code_switch_sweep"]
     assert "Study narrow has no runs of lc_logits" in shown["table3"] and "Study narrow has no runs of lc_logits" in shown["table4"]
     assert "**C2** (ET brings more than LC): not tested" in shown["claims"]
-    assert "**C2**, in study wide: supported, +10.0 points" in shown["claims"]
+    assert "**C2**, in study wide: premise not measured, +10.0 points" in shown["claims"]
     figures = project / "figures" / "narrow"
     for name in ("figure3", "layers", "data_size", "readings", "table3", "table4"):
         assert "Study narrow has no runs" in (figures / f"{name}.md").read_text()
