@@ -10,7 +10,6 @@ the rest is still ending.
 writes report.json and report.md into the folder; exit code 1 when a file differs.
 """
 
-import json
 import os
 import random
 import shutil

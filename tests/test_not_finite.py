@@ -63,12 +63,12 @@ def stopped(folder, model, data, supervisions="logits", **more) -> str:
 )
 def test_the_loss_and_the_example_are_named(tmp_path, supervisions, field, loss, value):
     told = stopped(tmp_path, spoilt(96, value), rows({6: field}), supervisions)
-    assert told.startswith(f"step2: {loss}; the weights are as before it, lower the learning rate or mend the examples; ")
-    folder = tmp_path / "stopped-step2"
+    assert told.startswith(f"step 2: {loss}; stopped before the weights changed: lower the learning rate, or mend the examples; ")
+    folder = tmp_path / "stopped-step-2"
     assert f"dsft.not_finite.replay({str(folder)!r}) computes it again" in told
     assert sorted(file.suffix for file in folder.iterdir() if file.suffix not in (".json", ".safetensors")) == []  # nothing is pickled
     kept = json.loads((folder / "stopped.json").read_text())
-    assert (kept["when"], kept["found"], kept["autocast"]) == ("step2", loss, "no")
+    assert (kept["when"], kept["found"], kept["autocast"]) == ("step 2", loss, "no")
     (again,) = replay(folder)
     names = [words.split(" ")[0].lower() for words in loss.split("; ")]
     assert {*names, "loss", "gradient"} <= {name for name, found in again.items() if not isfinite(found)}
@@ -81,41 +81,41 @@ def test_the_replay_is_of_the_step_and_of_its_weights(tmp_path):
     two.train_dataset = data
     two.train()
     stopped(tmp_path, spoilt(96), data)
-    kept = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stopped-step3")
+    kept = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stopped-step-3")
     for name, p in two.model.state_dict().items():
         assert torch.equal(kept.state_dict()[name].nan_to_num(), p.nan_to_num())
-    whole = replay(tmp_path / "stopped-step3", tiny.model())[0]
+    whole = replay(tmp_path / "stopped-step-3", tiny.model())[0]
     assert all(map(isfinite, whole.values())) and whole["loss"] == pytest.approx(whole["tft"] + whole["lc"] + whole["et"], rel=1e-5)
 
 
 def test_accumulated_batches_and_several_rows(tmp_path):
     told = stopped(tmp_path, spoilt(96), rows({1: "y_en", 4: "x_en", 6: "x_en", 7: "y_tgt"}), per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    assert told.startswith("step1: ET (logits, layer 2) is nan on id1; LC (logits, layer 1) is nan on id4; LC (logits, layer 1) is nan on id6; TFT is nan on id7; ")
-    assert len(replay(tmp_path / "stopped-step1")) == 3  # the batches without them are not kept
+    assert told.startswith("step 1: ET (logits, layer 2) is nan on id1; LC (logits, layer 1) is nan on id4; LC (logits, layer 1) is nan on id6; TFT is nan on id7; ")
+    assert len(replay(tmp_path / "stopped-step-1")) == 3  # the batches without them are not kept
 
 
 def test_a_gradient_alone(tmp_path):
     model = tiny.model()
     model.model.layers[1].mlp.up_proj.weight.register_hook(lambda gradient: gradient * nan)
     told = stopped(tmp_path, model, rows({}), max_steps=1)
-    assert told.startswith("step1: the gradient of TFT is nan on id0, id1, id2, id3; the gradient of ET (logits, layer 2) is nan on id0, ")
+    assert told.startswith("step 1: the gradient of TFT is nan on id0, id1, id2, id3; the gradient of ET (logits, layer 2) is nan on id0, ")
     assert "gradient of LC" not in told  # which ends below
 
 
 def test_a_learning_rate_that_is_too_high(tmp_path):
     told = stopped(tmp_path, tiny.model(), rows({}), "tft", learning_rate=1e30, max_grad_norm=0.0)
-    assert told.startswith("step2: TFT is nan on id4, id5, id6, id7; ")
+    assert told.startswith("step 2: TFT is nan on id4, id5, id6, id7; ")
 
 
 def test_what_no_example_does_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("dsft.trainer.culprits", lambda *_: [])
     told = stopped(tmp_path, spoilt(96), rows({2: "y_en"}))
-    assert told.startswith("step1: tft, lc, et not finite, on no example alone; ")
-    assert len(replay(tmp_path / "stopped-step1")) == 1
+    assert told.startswith("step 1: tft, lc, et not finite, on no example alone; ")
+    assert len(replay(tmp_path / "stopped-step-1")) == 1
 
 
 def test_rows_are_found_without_ids(tmp_path):
-    assert "step2: ET (logits, layer 2) is nan on row 6; " in stopped(tmp_path, spoilt(96), rows({6: "y_en"}).remove_columns("id"))
+    assert "step 2: ET (logits, layer 2) is nan on row 6; " in stopped(tmp_path, spoilt(96), rows({6: "y_en"}).remove_columns("id"))
     assert "is nan on row 6; " in stopped(tmp_path, spoilt(96), list(rows({6: "y_en"})))
     twice = rows({6: "y_en"}).select([6, 6])
     assert example_names(twice, batch_of(twice))[0] == "id6 or id6"
@@ -126,7 +126,7 @@ def test_an_evaluation_stops_too(tmp_path, when):
     more = {"eval_strategy": "steps", "eval_steps": 2} if when == "between" else {}
     trainer = tiny.trainer(tmp_path, lm=spoilt(96), eval_dataset=rows({5: "x_en"}), per_device_eval_batch_size=2, **more)
     trainer.train_dataset = rows({})
-    with pytest.raises(NotFinite, match=r"^eval-step[02]: LC \(logits, layer 1\) is nan on (id5|row 5); ") as error:
+    with pytest.raises(NotFinite, match=r"^eval after step [02]: LC \(logits, layer 1\) is nan on (id5|row 5); ") as error:
         trainer.evaluate() if when == "evaluate" else trainer.train()
     (folder,) = tmp_path.glob("stopped-*")
     assert str(folder) in str(error.value) and len(replay(folder)) == 1
@@ -137,8 +137,8 @@ def test_a_disk_that_is_full_for_the_weights(tmp_path, monkeypatch):
     told = stopped(tmp_path, spoilt(96), rows({2: "y_en"}))
     assert "computes it, with a model of yours, again" in told
     with pytest.raises(ParamsError, match="not readable as a model"):
-        replay(tmp_path / "stopped-step1")
-    assert not isfinite(replay(tmp_path / "stopped-step1", spoilt(96))[0]["et"])
+        replay(tmp_path / "stopped-step-1")
+    assert not isfinite(replay(tmp_path / "stopped-step-1", spoilt(96))[0]["et"])
 
 
 def test_adapters_and_half_precision(tmp_path):
@@ -148,8 +148,8 @@ def test_adapters_and_half_precision(tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     told = stopped(tmp_path, adapted, rows({2: "y_en"}), bf16=True)
-    assert told.startswith("step1: ET (logits, layer 2) is nan on id2; ")
-    assert not isfinite(replay(tmp_path / "stopped-step1")[0]["et"])
+    assert told.startswith("step 1: ET (logits, layer 2) is nan on id2; ")
+    assert not isfinite(replay(tmp_path / "stopped-step-1")[0]["et"])
 
 
 def test_finite_rows_have_no_culprit():
