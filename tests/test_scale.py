@@ -30,7 +30,7 @@ def large_study(folder: Path, models: int, languages: int, methods: int, seeds: 
     """A study of so many models, languages, methods and seeds, whose files lie in `folder`."""
     files = {lang: {"hub": "org/data", "name": lang} for lang in ("en", *LANGUAGES[:languages])}
     content = {"models": {f"m{n}": {"path": f"org/m{n}"} for n in range(models)}, "languages": LANGUAGES[:languages], "methods": METHODS[:methods]}
-    content |= {"seeds": list(range(seeds)), "layers": {"i": 2, "j": 5}, "data": {"source": "files", "files": files}, "runs": str(folder)}
+    content |= {"seeds": list(range(seeds)), "layers": {"i": 2, "j": 5}, "data": {"source": "files", "files": files}, "runs": str(folder / "runs")}
     content |= {"recipes": {"sdrrl": {"code_switch": 0.0, "translator": "org/t"}}, "evaluation": {"source": "hub", "benchmarks": list(BENCHMARKS)}}
     (folder / "large.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     return load_study(folder / "large.yaml")
@@ -64,7 +64,7 @@ def test_the_results_of_many_runs_are_read_whole(tmp_path):
     assert len(items) == 2 * 2 * 3 * 2 * len(BENCHMARKS) * 2 * 10 and len(results) == len(items) // 10
     means = items.groupby(["model", "target", "method", "seed", "dataset", "lang"], observed=True)["value"].mean()
     assert len(means) == len(results) and set(means) == {50.0}
-    assert items[["model", "target", "method", "dataset", "lang", "metric", "stem", "role"]].dtypes.map(lambda kind: isinstance(kind, pd.CategoricalDtype)).all()
+    assert items[["model", "target", "dataset", "lang", "metric", "stem", "role"]].dtypes.map(lambda kind: isinstance(kind, pd.CategoricalDtype)).all()
     assert items.memory_usage(deep=True).sum() < 120 * len(items)  # bytes a row
     assert len(load_costs(study)) == 2 * 2 * 3 * 2 and len(load_inside(study)) == 2 * 2 * 3 * 2 * 4 * 33
 
