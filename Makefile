@@ -1,4 +1,4 @@
-# make study [STUDY=name] [CORES=n] [PROFILE=slurm] · make study-plan · make rehearse · make test · make cases · make faults · make audit · make notebooks · make lab · make bases · make model-gemma3 · make bench · make readme
+# make study [STUDY=name] [CORES=n] [PROFILE=slurm] · make study-plan · make rehearse · make pack · make unpack · make test · make cases · make faults · make audit · make notebooks · make lab · make bases · make model-gemma3 · make bench · make readme
 # Every target sets up .venv by itself first.
 STUDY ?= micro
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -19,7 +19,7 @@ quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
 SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
 
-.PHONY: study study-plan rehearse test cases faults audit notebooks lab bases model-gemma3 readme bench
+.PHONY: study study-plan rehearse pack unpack test cases faults audit notebooks lab bases model-gemma3 readme bench
 .DEFAULT_GOAL := study
 
 # torch comes first and by itself: its CPU build is found before anything asks for another one.
@@ -42,6 +42,10 @@ study-plan: .venv/installed
 # The whole study small, to its last table, on the CPU: before days on rented GPUs.
 rehearse: .venv/installed
 	@file=$$(dsft_rehearse $(call quoted,$(STUDY))) && CUDA_VISIBLE_DEVICES= PATH="$$PWD/runs/rehearsal/bin:$$PATH" $(MAKE) --no-print-directory study PROFILE=local STUDY="$${file#"$$PWD"/}"
+
+# What the finished runs found, without their models, into figures/<study>/runs/, to be committed or sent; and back, where the study goes on.
+pack unpack: .venv/installed
+	@dsft_$@ $(call quoted,$(STUDY))
 
 test: .venv/installed
 	bash tests/in_step.sh

@@ -140,6 +140,30 @@ def test_what_is_as_it_was_is_not_trained_again(project):
     assert planned(project) == set()
 
 
+def test_a_study_goes_on_where_its_packed_runs_stop(project):
+    """Evaluations come from archives, so nothing of them is made again, though no model is there; what was not packed is planned from its training on."""
+    study = yaml.safe_load((project / "params" / "toy.yaml").read_text(encoding="utf-8"))
+    study = study | {"methods": ["base", "tft", "dsft_logits"], "evaluation": {"benchmarks": ["xquad"]}}
+    (project / "params" / "moved.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    runs = project / "runs" / "moved"
+    where = {method: runs / "micro-llama" / "zh" / method / "seed0" for method in ("base", "tft", "dsft_logits")}
+    for method in ("base", "dsft_logits"):
+        (where[method] / "model").mkdir(parents=True)
+        for name in ("metrics.json", "samples.jsonl", "inside.json", "pooled.safetensors", "provenance.json", "params.yaml", "train_log.jsonl", "data_report.json", "model/config.json"):
+            (where[method] / name).write_text("{}\n", encoding="utf-8")
+    for name in ("layers.json", "layers_provenance.json"):
+        (where["base"].parents[1] / name).write_text("{}\n", encoding="utf-8")
+
+    assert "2 runs of study moved packed" in run(project, "make", "pack", "STUDY=moved")
+    shutil.rmtree(runs)
+    assert "2 runs of study moved put back, 2 of 3 are there" in run(project, "make", "unpack", "STUDY=moved")
+    assert not (where["dsft_logits"] / "model").exists()
+    targets = [str((folder / "metrics.json").relative_to(project)) for folder in where.values()]
+    plan = run(project, "snakemake", "--profile", "params/profiles/local", "--config", "study=moved", "--cores", "2", "--dry-run", "--", *targets)
+    assert set(re.findall(r"^rule (\w+):|^Job \d+: ", plan, re.M)) - {""} == {"train", "evaluate"}
+    assert set(re.findall(r"output: runs/moved/micro-llama/zh/(\w+)/", plan)) == {"tft"}
+
+
 def test_a_base_whose_vocabulary_is_cut_is_made_from_the_texts_of_the_study(project):
     study = yaml.safe_load((project / "params" / "toy.yaml").read_text(encoding="utf-8"))
     study = study | {"models": {"micro-llama": {"path": "models/micro-llama", "vocabulary": {"min_count": 1}}}, "methods": ["tft"]}
