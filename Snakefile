@@ -380,5 +380,6 @@ for name, outputs in ANALYSES.items():
             runtime=60,
         params:
             code=code(f"nbs/analysis/{name}.ipynb"),
+            smallest_effect=study.smallest_effect,
         shell:
             notebook()

@@ -34,6 +34,7 @@ from .files import ParamsError, read_rows, replacing, write_jsonl
 from .methods import PATTERNS
 from .metrics import BENCHMARKS, BITS, EVERY_BENCHMARK, INSTRUCTIONS, METRICS, TRANSLATION, Benchmark, NotAvailable, bits_per_byte, chrf, comet, f1, f1_script, spbleu
 from .microcosm import World
+from .precision import dtype_here
 from .prompts import TEMPLATES, Template, benchmark_wording, harness_file
 from .study import EvalParams, Study
 
@@ -313,10 +314,11 @@ _TRANSFORMERS = ("hf", "hf-auto", "huggingface")  # lm-eval's names of HFLM
 
 def _by_name(model: str, tokenizer: PreTrainedTokenizerBase, params: EvalParams) -> LM:
     """A folder or hub model in the study's backend; raises ParamsError where lm-eval cannot start it."""
-    arguments, backend = {"pretrained": model, "dtype": params.dtype, **params.backend_args}, params.backend
+    device = params.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = str(dtype_here(getattr(torch, params.dtype), device)).removeprefix("torch.")
+    arguments, backend = {"pretrained": model, "dtype": dtype, **params.backend_args}, params.backend
     if backend in _TRANSFORMERS:
         arguments, backend = {"tokenizer": tokenizer} | arguments, "hf-shared-context"
-    device = params.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return get_model(backend).create_from_arg_obj(arguments, {"batch_size": params.batch_size, "device": device})
     except (ImportError, KeyError, ValueError, TypeError, OSError, RuntimeError, AssertionError) as error:

@@ -32,6 +32,7 @@ from .data import parallel_pairs, pattern_rows, rows_digest, tokenize
 from .files import ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance
 from .files import read_rows, replacing, seal, write_json, write_jsonl, writing
 from .methods import Lora, Part, Stage
+from .precision import dtype_here
 from .prompts import TEMPLATES
 from .settings import one_line
 from .study import Recipe, Run, Study, load_study
@@ -168,6 +169,7 @@ def training_arguments(run: Run, stage: Stage, number: int = 1) -> TrainingArgum
     if recipe.batch_size % at_once:
         what = f"train.batch_size = {recipe.batch_size}"
         raise ParamsError(f"{what}: not a multiple of {at_once}, per_device_batch_size x processes; change one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     return TrainingArguments(
         output_dir=str(run.checkpoints / f"stage{number}" if number > 1 else run.checkpoints),
         num_train_epochs=recipe.epochs * stage.epochs,
@@ -179,12 +181,12 @@ def training_arguments(run: Run, stage: Stage, number: int = 1) -> TrainingArgum
         lr_scheduler_type=recipe.lr_scheduler_type,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.bf16,
+        bf16=recipe.bf16 and dtype_here(torch.bfloat16, device) is torch.bfloat16,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         logging_steps=recipe.logging_steps,
         save_steps=recipe.save_steps,
         seed=run.seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
         run_name=f"{run.training_lang} {run.method.name} seed{run.seed}",
         report_to=[],
     )
@@ -299,6 +301,7 @@ def save_training(run: Run, trainer: DSFTTrainer, started: float, command: str) 
             "steps": trainer.state.global_step + sum(stage["steps"] for stage in before),
             "train_seconds": round(_train_seconds(trainer) + sum(stage["train_seconds"] for stage in before), 4),
             "clipped": round(clipped_share(logs), 4),
+            "computed_in": "bfloat16" if trainer.args.bf16 else "float32",
         }
         (folder / "provenance.json").write_text(json.dumps(provenance(command, started, **origin) | steps, indent=1) + "\n", encoding="utf-8")
         seal(folder)

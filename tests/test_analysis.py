@@ -268,6 +268,8 @@ EFFECTS = {
     "C6 retrieval": 0.0,
     "C7a LC": 50 - 20,
     "C7a ET": 50 - 30,
+    "C7a LC back": 20 - 50,
+    "C7a ET back": 30 - 50,
     "C7b LC": 60 - 50,
     "C7b ET": 70 - 50,
     "C8": 12 - 60,
@@ -308,9 +310,22 @@ def test_claims_on_premises_that_are_met(project, gap):
     shown = analyse(with_premises(project, name, gap), "claims", name)
     table = pd.read_csv(project / f"figures/{name}/claims.csv").set_index("claim").drop("C1a SDRRL")
     assert table["effect"].to_dict() == pytest.approx(EFFECTS, abs=0.02) and set(table["premise"]) == {"met", "none needed"}
-    assert table["verdict"].to_dict() == {claim: "supported" for claim in EFFECTS} | {"C8": "contradicted", "C6 retrieval": "equivalent"}
+    assert table["verdict"].to_dict() == {claim: "supported" for claim in EFFECTS} | dict.fromkeys(("C7a LC back", "C7a ET back", "C8"), "contradicted") | {"C6 retrieval": "equivalent"}
     assert f"The query gap was {'not ' if gap is None else ''}measured." in shown
     assert "†" not in analyse(project, "table2", name)
+
+
+def test_that_nothing_is_lost_is_shown_by_an_interval_above_the_smallest_effect(project):
+    """LC-logits translates out of Chinese as TFT does: unharmed; ET-logits 20 points worse: harmed."""
+    runs = with_premises(project, "unharmed") / "runs/unharmed/m/zh"
+    for seed in range(3):
+        rows = {m: [json.loads(line) for line in (runs / f"{m}/seed{seed}/samples.jsonl").read_text().splitlines()] for m in ("tft", "lc_logits")}
+        mixed = [row for row in rows["lc_logits"] if row["lang"] != "zh-en"] + [row for row in rows["tft"] if row["lang"] == "zh-en"]
+        (runs / f"lc_logits/seed{seed}/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    analyse(project, "claims", "unharmed")
+    table = pd.read_csv(project / "figures/unharmed/claims.csv").set_index("claim")
+    assert table.loc["C7a LC back", "effect"] == pytest.approx(0) and table.loc["C7a LC", "effect"] == pytest.approx(30, abs=0.02)
+    assert (table.loc["C7a LC back", "verdict"], table.loc["C7a ET back", "verdict"]) == ("supported", "contradicted")
 
 
 UNMET = {  # what is not met -> how the study differs, and how it is told
