@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'TokenizedExample', 'collate', 'padded', 'pad_inside', 'RowLimits', 'parallel_pairs', 'held_out_pairs',
-           'example_fields', 'say', 'pattern_rows', 'parallel_rows', 'load_parallel', 'rows_digest', 'text_ids',
-           'prefix_ids', 'prompt_ids', 'begins_with_space', 'tokenize']
+           'example_fields', 'say', 'shown', 'Beside', 'pattern_rows', 'parallel_rows', 'load_parallel', 'rows_digest',
+           'text_ids', 'prefix_ids', 'prompt_ids', 'begins_with_space', 'tokenize']
 
 # %% ../nbs/12_data.ipynb #f99a2425
 import hashlib
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -139,7 +139,8 @@ def check(self: RowLimits, rows: Dataset) -> dict[str, int]:
 # %% ../nbs/12_data.ipynb #d5a3490a
 def _as_pair(item: dict[str, Any], lang: str) -> Pair:
     """An item of the microcosm; its rows also say what it is about."""
-    as_row = lambda side: {"instruction": side["query"], "input": "", "output": side["answer"], "relation": item["relation"]}
+    parts = lambda side: {"question": side["question"], "passage": side["passage"]} if side["passage"] else {"question": "", "passage": side["query"]}
+    as_row = lambda side: {"instruction": side["query"], "input": "", "output": side["answer"], "relation": item["relation"], **parts(side)}
     return Pair(item["id"], as_row(item[lang]), as_row(item["en"]))
 
 
@@ -203,6 +204,9 @@ def example_fields(pair: Pair, lang: str) -> dict[str, str]:
     """The fields that patterns are filled from (`dsft.methods.FIELDS`)."""
     sides = {"en": pair.english, "tgt": pair.target}
     fields = {f"{letter}_{side}": row[name] or "" for side, row in sides.items() for letter, name in zip("ino", ("instruction", "input", "output"))}
+    for side, row in sides.items():
+        instruction, more = fields[f"i_{side}"], fields[f"n_{side}"]
+        fields |= {f"query_{side}": f"{instruction} {more}" if more else instruction, f"q_{side}": row.get("question", instruction), f"p_{side}": row.get("passage", more)}
     return fields | {"language": language_name(lang)}
 
 
@@ -212,20 +216,54 @@ def say(pattern: Pattern, fields: dict[str, str], template: Template) -> tuple[s
     if pattern.task:
         language = fields["language"] if pattern.into == "tgt" else language_name("en")
         return template.task(getattr(template, pattern.task), language, filled["input"]), filled["output"]
+    if pattern.answer_in:
+        filled["instruction"] = template.answer_in.format(instruction=filled["instruction"], language=fields["language"]).strip()
     x = template.prompt(filled["instruction"], filled["input"]) if pattern.instruction else ""
     return x, filled["output"]
 
+# %% ../nbs/12_data.ipynb #fcc2975d
+def shown(x: str, y: str) -> str:
+    """A prompt with its answer as an example in another prompt."""
+    return f"{x}{'' if x[-1:].isspace() else ' '}{y}\n\n"
+
+
+class Beside(NamedTuple):
+    """What rows hold besides their own example."""
+
+    text: Sequence[str] = ()  # documents of plain text
+    switch: Callable[[str, float, str], str] | None = None  # query, rate, id of the example -> the query with words of English
+    nearest: Callable[[int, int, str], Sequence[int]] | None = None  # number of an example, how many, its side (en, tgt) -> numbers of others, the nearest last
+    tag: Callable[[str], str] = lambda side: ""  # side that is answered in -> what stands before the prompt
+
 # %% ../nbs/12_data.ipynb #ddbebe12
-def pattern_rows(pairs: Sequence[Pair], patterns: Sequence[Pattern], lang: str, template: Template) -> list[dict[str, str]]:
+def _pattern_row(pattern: Pattern, n: int, pairs: Sequence[Pair], lang: str, template: Template, beside: Beside) -> tuple[str, str]:
+    """Prompt and response of the row that a pattern makes of an example."""
+    fields = example_fields(pairs[n], lang)
+    if "switched" in pattern.fields:
+        fields["switched"] = beside.switch(fields["query_tgt"], pattern.switch, pairs[n].id)
+    x, y = say(pattern, fields, template)
+    if pattern.nearest:
+        side = "tgt" if pattern.says == "en" else "en"  # of a translation the side that is given
+        others = beside.nearest(n, pattern.nearest, side if pattern.task == "translate" else "tgt")
+        x = "".join(shown(*say(pattern, example_fields(pairs[other], lang), template)) for other in others) + x
+    return beside.tag(pattern.says) + x if x else x, y
+
+
+def pattern_rows(pairs: Sequence[Pair], patterns: Sequence[Pattern], lang: str, template: Template, beside: Beside = Beside()) -> list[dict[str, str]]:
     """The text rows that patterns make of parallel examples: dicts of id, x_tgt, y_tgt, x_en, y_en."""
     made, start = [], 0.0
     for number, pattern in enumerate(patterns):
         first, last = round(start * len(pairs)), round((start + pattern.share) * len(pairs))
         start += pattern.share
-        for pair in [pairs[n % len(pairs)] for n in range(first, last)]:
-            fields = example_fields(pair, lang)
-            x, y = say(pattern, fields, template)
-            x_en, y_en = say(PATTERNS["en"][0], fields, template)
+        english = [dict(zip(("x_en", "y_en"), say(PATTERNS["en"][0], example_fields(pair, lang), template))) for pair in pairs[: last - first]] if "text" in pattern.fields else []
+        if english:  # documents have no English side; that of an example stands there and is not read
+            documents = enumerate(beside.text[: last - first])
+            made += [{"id": f"text{number}-{n}", "x_tgt": "", "y_tgt": text, **english[n % len(english)]} for n, text in documents]
+            continue
+        for n in range(first, last):
+            pair = pairs[n % len(pairs)]
+            x, y = _pattern_row(pattern, n % len(pairs), pairs, lang, template, beside)
+            x_en, y_en = say(PATTERNS["en"][0], example_fields(pair, lang), template)
             made.append({"id": f"{pair.id}-{number}" if number else pair.id, "x_tgt": x, "y_tgt": y, "x_en": x_en, "y_en": y_en})
     return made
 
