@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_text', 'switcher', 'nearest_texts', 'beside', 'sampled']
 
-# %% ../nbs/19_rows.ipynb #4ca64fd0
+# %% ../nbs/19_rows.ipynb #72ec125b
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from .pretraining_text import Mix, pretraining_texts
 from .settings import DataParams
 from .tables import Pair, json_rows
 
-# %% ../nbs/19_rows.ipynb #1a9bc821
+# %% ../nbs/19_rows.ipynb #588adeb4
 def _read_documents(path: str, field: str) -> list[str]:
     """The documents in a file: lines of text, or the field `text` of JSON rows."""
     file = located(path, field)
@@ -52,7 +52,7 @@ def plain_text(data: DataParams, lang: str, count: int, seed: int = 0) -> list[s
     documents = _read_documents(data.text[known], f"data.text.{known}")
     return random.Random(f"text/{seed}").sample(documents, min(count, len(documents)))
 
-# %% ../nbs/19_rows.ipynb #750fd4ac
+# %% ../nbs/19_rows.ipynb #459646be
 def switcher(data: DataParams, lang: str, seed: int = 0) -> Callable[[str, float, str], str]:
     """A function that says words of a query in English: query in `lang`, probability that a known word is switched, id of its example -> the query. Raises `ParamsError` where the study has no dictionary."""
     if data.source == "microcosm":
@@ -64,7 +64,7 @@ def switcher(data: DataParams, lang: str, seed: int = 0) -> Callable[[str, float
     back = {word: english for english, word in reversed(dictionary.items())}
     return lambda query, rate, name: code_switch(query, back, lang, rate, random.Random(f"switched/{seed}/{name}"))
 
-# %% ../nbs/19_rows.ipynb #d870c2c4
+# %% ../nbs/19_rows.ipynb #fd42566e
 def _vectorizer() -> TfidfVectorizer:
     return TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), dtype=np.float32)
 
@@ -85,7 +85,7 @@ def nearest_texts(asked: Sequence[str], among: Sequence[str], k: int) -> list[li
             found.append([int(n) for n in reversed(best) if row[n] >= 0])
     return found
 
-# %% ../nbs/19_rows.ipynb #9cbca477
+# %% ../nbs/19_rows.ipynb #5ea8f612
 def beside(data: DataParams, patterns: Sequence[Pattern], pairs: Sequence[Pair], lang: str, seed: int = 0, tag: Callable[[str], str] = Beside().tag) -> Beside:
     """What the rows of patterns hold besides their examples `pairs`, as far as they name it; errors as in `plain_text` and `switcher`."""
     documents = max((round(pattern.share * len(pairs)) for pattern in patterns if "text" in pattern.fields), default=0)
@@ -104,7 +104,7 @@ def beside(data: DataParams, patterns: Sequence[Pattern], pairs: Sequence[Pair],
         tag,
     )
 
-# %% ../nbs/19_rows.ipynb #d92bf602
+# %% ../nbs/19_rows.ipynb #cd63384f
 def sampled(sizes: dict[str, int], temperature: float) -> dict[str, int]:
     """Language -> how many of all rows are its, ∝ size^(1/temperature); the same total, rounded by largest remainders."""
     total, weights = sum(sizes.values()), {lang: size ** (1 / temperature) for lang, size in sizes.items()}
