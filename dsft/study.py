@@ -401,7 +401,7 @@ def data_files(self: Run) -> dict[str, str]:
             named += [located(given[known]) for lang in self.training_languages if (known := nearest(lang, given))]
     return contents([*(path for lang in self.training_languages for path in self.study.data_files(lang)), *named])
 
-# %% ../nbs/10_study.ipynb #d37b781e
+# %% ../nbs/10_study.ipynb #0b355999
 @patch(as_prop=True)
 def pool_files(self: Run) -> dict[str, str]:
     """The content of the files that rows are selected from: the data of every language of the study, since all train on the same examples, and its own."""
@@ -523,6 +523,7 @@ class Recipe(NamedTuple):
     options: type[Part]  # the class that describes and checks its options
     rows: Callable[[Run, Any], tuple[list[dict[str, str]], dict[str, Any]]]  # run, options -> rows (id, x_tgt, y_tgt, x_en, y_en and what else tells of them), report
     check: Callable[[Run, Any], None]  # run, options -> raises ParamsError for what is missing, before anything is computed
+    needs: tuple[str, ...] = ()  # what its rows are made of besides the parallel examples, in words, for tables
 
 # %% ../nbs/10_study.ipynb #48e5695f
 def load_study(study: str | Path) -> Study:

@@ -78,7 +78,7 @@ def _recipe_rows(run: Run, recipe: str, share: float) -> tuple[list[dict[str, st
     report = {"source": run.recipe_rows.name, "lang": run.training_lang, "examples": len(rows), "tasks": dict(Counter(row["task"] for row in rows if "task" in row))}
     return [{name: row[name] for name in COLUMNS} for row in rows], report
 
-# %% ../nbs/20_training.ipynb #935cfe4d
+# %% ../nbs/20_training.ipynb #0d21362a
 def _rows_of_one(run: Run, patterns: Sequence[Pattern], lang: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """The rows that patterns make of the examples of a language, and the report on these."""
     data, seed, answers = run.study.data, run.seed, {"en": "en", "tgt": lang}
@@ -133,6 +133,16 @@ def row_length(run: Run) -> int:
     return min(run.study.data.max_length, positions or run.study.data.max_length)
 
 
+def _tokens_trained(run: Run, stage: Stage, examples: Dataset, fields: Sequence[str]) -> int:
+    """How many tokens a stage reads in all its epochs, in the columns that its losses read."""
+    recipe = run.study.train
+    once = sum(len(ids) for field in fields for ids in examples[field])
+    epochs = recipe.epochs * stage.epochs
+    if recipe.max_steps > 0:
+        epochs = min(epochs, recipe.max_steps * recipe.batch_size / len(examples))
+    return round(once * epochs)
+
+
 def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> tuple[Dataset, Dataset]:
     """The rows that a stage trains on, as text and as token ids; writes data_report.json into the run's training folder.
 
@@ -142,7 +152,9 @@ def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, nu
     by_model = longest < run.study.data.max_length
     bound, remedy = (f"models.{run.model}: {longest} positions", "take a longer model") if by_model else (f"data.max_length = {longest}", "raise it")
     examples = tokenize(rows, tokenizer, longest, keep=("id",), report=report)
-    report["tokens"]["branches cut"] = row_limits(stage.supervisions, longest).check(examples)
+    limits = row_limits(stage.supervisions, longest)
+    report["tokens"]["branches cut"] = limits.check(examples)
+    report["tokens"]["trained"] = _tokens_trained(run, stage, examples, limits.fields)
     file = run.training_folder / "data_report.json"
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | {f"stage {number}": report} if number > 1 else report)
     lost, limit = 1 - len(examples) / len(rows), run.study.data.max_dropped
