@@ -116,7 +116,7 @@ def training_rows(run: Run, stage: Stage) -> tuple[Dataset, dict[str, Any]]:
     """The text rows that a stage of a run trains on, columns `COLUMNS`, and the report on what was read, checked and dropped."""
     rows, report = [], {}
     if patterns := [row for row in stage.rows if not row.recipe]:
-        rows, report = (_rows_of_several if run.method.languages else _rows_of_one)(run, patterns, run.training_lang)
+        rows, report = (_rows_of_several if len(run.training_languages) > 1 else _rows_of_one)(run, patterns, run.training_lang)
     if stage.select:
         rows = _selected(run, stage, rows)
     for row in stage.rows:
