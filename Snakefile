@@ -22,6 +22,7 @@ import yaml
 
 from dsft.files import ParamsError, contents, digest, located, made_by, writing
 from dsft.kernels import start_server
+from dsft.methods import Ask
 from dsft.metrics import INSTRUCTIONS
 from dsft.study import load_study
 
@@ -32,6 +33,7 @@ folder = os.path.relpath(study.folder())
 figures = os.path.relpath(study.figures_folder())
 runs = {(r.model, r.lang, r.method.name, str(r.seed)): r for r in study.all_runs()}
 trainings = {(r.model, r.training_lang, r.method.name, str(r.seed)): r for r in study.all_trainings()}
+selections = {(r.model, r.selected_rows.parts[-4], r.method.name, str(r.seed)): r for r in reversed(study.all_trainings()) if r.method.selects}
 RUN = f"{folder}/{{model}}/{{lang}}/{{method}}/seed{{seed}}"
 BASE = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "SHA256SUMS"]  # of a base that the graph makes
 EVALUATION = ["metrics.json", "samples.jsonl", "inside.json", "pooled.safetensors", "provenance.json", "params.yaml"]
@@ -115,7 +117,7 @@ onstart:
 
 wildcard_constraints:
     model="|".join(map(re.escape, study.models)),
-    lang="|".join(map(re.escape, ["en", *study.languages])),
+    lang="|".join(map(re.escape, dict.fromkeys(["en", *study.languages, *(lang for _, lang, _, _ in trainings)]))),
     method="|".join(dict.fromkeys(r.method.name for r in [*runs.values(), *trainings.values()])),
     seed=r"\d+",
 
@@ -203,6 +205,12 @@ def recipe_rows(w):
     """The rows that recipes make for a training."""
     run = trainings[tuple(w)]
     return [os.path.relpath(run.recipe_rows)] if run.method.recipes else []
+
+
+def selected_rows(w):
+    """The rows that are selected for a training."""
+    run = trainings[tuple(w)]
+    return [os.path.relpath(run.selected_rows)] if run.method.selects else []
 
 
 @cache
@@ -300,11 +308,32 @@ rule recipe_rows:
         notebook(**OF_A_RUN) + SEED
 
 
+rule select_rows:
+    input:
+        base=lambda w: base_files(w.model),
+        notebook=ancient("nbs/experiments/select_rows.ipynb"),
+    output:
+        f"{RUN}/selected_rows.json",
+    log:
+        f"{RUN}/select_rows.ipynb",
+    resources:
+        **needs((4_000, 120, 0), (64_000, 1440, 1)),
+    params:
+        spec=lambda w: [selections[tuple(w)].inputs[part] for part in ("data", "training")] + [study.model_dump(mode="json", include={"evaluation"})],
+        lang=lambda w: selections[tuple(w)].lang,
+        files=lambda w: [selections[tuple(w)].pool_files, contents(benchmark_files(selections[tuple(w)].lang))],
+        base=lambda w: found_base(w.model),
+        code=code("nbs/experiments/select_rows.ipynb"),
+    shell:
+        notebook(**OF_A_RUN | {"lang": "params.lang"}) + SEED
+
+
 rule train:
     input:
         start=start,
         layers=layers,
         rows=recipe_rows,
+        selected=selected_rows,
         notebook=ancient("nbs/experiments/train.ipynb"),
     output:
         directory(f"{RUN}/model"),
@@ -324,6 +353,14 @@ rule train:
         TRAIN
 
 
+def asked(w):
+    """What decides about how a run is asked, but for the model."""
+    ask = runs[tuple(w)].method.ask
+    of_data = INSTRUCTIONS in study.evaluation.benchmarks or ask.shots
+    parts = study.model_dump(mode="json", include={"evaluation", *(["data"] if of_data else [])})
+    return parts | ({} if ask == Ask() else {"ask": ask.model_dump(mode="json")})
+
+
 rule evaluate:
     input:
         model=trained,
@@ -336,7 +373,7 @@ rule evaluate:
     resources:
         **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
-        spec=study.model_dump(mode="json", include={"evaluation", *(["data"] if INSTRUCTIONS in study.evaluation.benchmarks else [])}),
+        spec=asked,
         files=lambda w: contents([*benchmark_files(w.lang), *study.evaluation.facts_files(w.lang)]),
         base=lambda w: "" if runs[tuple(w)].method.stages else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),

@@ -306,18 +306,25 @@ def _distinct(n: int, candidates: Iterator[dict | None], what: str) -> list[dict
 
 # %% ../nbs/07_microcosm.ipynb #25f77d1e
 @patch
+def _asked_about(self: World, exercise: Exercise, language: str) -> dict[str, str]:
+    """A query and its two parts: {"query", "passage": what is told, "question": the rest}; without anything told the passage is "", the question all."""
+    passage, query = self.passage(exercise.told, language), self.query(exercise, language)
+    return {"query": query, "passage": passage, "question": query.removeprefix(passage).strip()}
+
+
+@patch
 def _instruction(self: World, rng: random.Random) -> dict:
     """An exercise of the trained part about an INSTRUCTED topic, in all languages."""
     skill = drawn(rng, SKILLS["instructions"])
     topics = self.relations if skill == "xquad" else self.topics(skill)
     exercise = self.exercise(rng, skill, pick(rng, [topic for topic in topics if topic in INSTRUCTED]), "train")
     return {"relation": exercise.about.relation} | {
-        language: {"query": self.query(exercise, language), "answer": self.answer(exercise, language)} for language in LANGUAGES}
+        language: self._asked_about(exercise, language) | {"answer": self.answer(exercise, language)} for language in LANGUAGES}
 
 # %% ../nbs/07_microcosm.ipynb #abbabecd
 @patch
 def instructions(self: World, n: int, seed: int | str = 0, without: Sequence[dict] = ()) -> list[dict]:
-    """`n` different parallel items {"id", "relation", "en": {"query", "answer"}, "zh": ...} of trained meanings, about INSTRUCTED topics.
+    """`n` different parallel items {"id", "relation", "en": {"query", "passage", "question", "answer"}, "zh": ...} of trained meanings, about INSTRUCTED topics.
 
     None of them says in any language what an item of `without` says there.
     """
@@ -330,8 +337,8 @@ def instructions(self: World, n: int, seed: int | str = 0, without: Sequence[dic
 @patch
 def _side(self: World, exercise: Exercise, language: str) -> dict:
     """An exercise as a benchmark has it: an open question with its answers, or choices with the number of the right one."""
-    query, choices = self.query(exercise, language), self.choices(exercise, language)
-    return {"query": query, "answers": choices} if len(choices) == 1 else {"query": query, "choices": choices, "label": exercise.right}
+    asked, choices = self._asked_about(exercise, language), self.choices(exercise, language)
+    return asked | ({"answers": choices} if len(choices) == 1 else {"choices": choices, "label": exercise.right})
 
 # %% ../nbs/07_microcosm.ipynb #5d2cf141
 @patch
@@ -362,7 +369,7 @@ def _candidates(self: World, rng: random.Random, name: str, split: str) -> Itera
 def benchmark(self: World, name: str, n: int, seed: int = 0, split: Literal["test", "dev"] = "test") -> list[dict]:
     """`n` different parallel items of one of BENCHMARKS, each {"id", "relation", "seen", <language>: ...}, from held-out meanings.
 
-    `seen`: the instructions ask about this relation or event. A language holds {"query", "answers": [...]} or {"query", "choices", "label"};
+    `seen`: the instructions ask about this relation or event. A language holds {"query", "passage", "question"} and {"answers": [...]} or {"choices", "label"};
     in flores there are directions in the place of languages, "en-zh", "zh-en" and so on.
     """
     if name not in BENCHMARKS:

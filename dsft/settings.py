@@ -144,6 +144,8 @@ class DataParams(Part):
     source: Literal["microcosm", "files"] = "microcosm"
     files: dict[Language, Annotated[Table, BeforeValidator(_table)]] = {}  # source "files": one table a language; "en" is required
     join: Literal["auto", "id", "position"] = "auto"  # how rows of two tables find each other; auto: by id where both have one, else by position
+    text: dict[Language, str] = {}  # rows of plain text: language -> a file with a document a line, .txt or JSON Lines with "text"; the microcosm has its own
+    dictionaries: dict[Language, str] = {}  # rows with switched words: target language -> file with an English and a target word a line; likewise
     items: PositiveInt | None = None  # how many parallel examples to train on; default: all that the source has (microcosm: 600)
     held_out: NonNegativeInt = 0  # parallel examples that no training uses, for `evaluation.benchmarks: [instructions]`; 500 tell models well apart
     template: Literal["alpaca", "plain"] = "plain"

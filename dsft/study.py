@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, Priv
 from .files import PACKAGE, ParamsError, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by
 from .files import project_root, replacing, versions
 from .languages import base_code, nearest
-from .methods import Method, Part, Stage, method_from_name
+from .methods import Ask, Method, Part, Stage, method_from_name
 from .metrics import INSTRUCTIONS
 from .settings import DataParams, EvalParams, FilePath, FolderName, Language, Layers, ModelParams, Rule, TrainParams, check_places, one_line, read_settings
 
@@ -106,6 +106,21 @@ class Study(Part):
                     raise ValueError(f"methods: {chain[-1].name} starts from {start!r}, which is no method of the study and no name of one") from None
                 if not chain[-1].stages or chain[-1] in chain[:-1]:
                     raise ValueError(f"methods: {chain[-2].name} starts from {start!r}, which {'is never trained' if not chain[-1].stages else 'starts from it'}")
+            for here, before in zip(chain, chain[1:]):
+                if here.languages and not (before.languages == here.languages or before.english_only and not before.start):
+                    raise ValueError(f"methods: {here.name} is one model for all languages and starts from {before.name!r}, which is another one for each; choose another start")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_have_sources(self):
+        known = tuple(self.data.files) if self.data.source == "files" else ("zh", "vi", "ar")
+        for method in self.every_method.values():
+            languages = self.languages_of(method) or self.languages
+            if method.languages and (missing := [lang for lang in languages if lang not in known or base_code(lang) == "en"]):
+                raise ValueError(f"methods.{method.name}: languages: {missing[0]} has no data as a target language; it is there for {', '.join(k for k in known if k != 'en')}")
+            for field, named in (("text", self.data.text), ("dictionaries", self.data.dictionaries)) if self.data.source == "files" else ():
+                if method.needs(field) and (missing := [lang for lang in languages if nearest(lang, named) is None]):
+                    raise ValueError(f"data.{field}: none for {missing[0]}, which the rows of {method.name} need; name a file, or leave the method out")
         return self
 
 # %% ../nbs/10_study.ipynb #ac529e9e
@@ -119,6 +134,12 @@ def every_method(self: Study) -> dict[str, Method]:
 def supervises(self: Study) -> bool:
     """Whether any of its methods supervises inner layers."""
     return any(m.supervisions for m in self.every_method.values())
+
+
+@patch
+def languages_of(self: Study, method: Method) -> tuple[str, ...]:
+    """The languages that one model of the method is trained on; () where there is one for each target language."""
+    return self.languages if method.languages == "all" else method.languages or ()
 
 
 @patch
@@ -140,9 +161,9 @@ def figures_folder(self: Study) -> Path:
 
 
 @patch
-def asked_folder(self: Study, lang: str) -> Path:
-    """What evaluations ask in a language, runs/<study>/benchmarks/<lang>/<key>/: another place for other items or another template, since two evaluations may go on at once."""
-    asked = [part.model_dump(mode="json") for part in (self.evaluation, self.data)]
+def asked_folder(self: Study, lang: str, ask: Ask = Ask()) -> Path:
+    """What evaluations ask in a language, runs/<study>/benchmarks/<lang>/<key>/: another place for other items, another template or another way of asking, since two evaluations may go on at once."""
+    asked = [part.model_dump(mode="json") for part in (self.evaluation, self.data, *([] if ask == Ask() else [ask]))]
     return self.folder("benchmarks", lang, json_digest(asked)[:8])
 
 
@@ -251,6 +272,7 @@ _NOTEBOOKS = {  # notebook of nbs/experiments -> its parameters
     "cut_vocabulary": ("study", "model"),
     "select_layers": ("study", "model", "lang"),
     "recipe_rows": ("study", "model", "lang", "method", "seed"),
+    "select_rows": ("study", "model", "lang", "method", "seed"),
     "train": ("study", "model", "lang", "method", "seed"),
     "evaluate": ("study", "model", "lang", "method", "seed"),
 }
@@ -287,8 +309,16 @@ def start(self: Run) -> "Run | None":
 
 @patch(as_prop=True)
 def training_lang(self: Run) -> str:
-    """The language trained on. English-only training is the same for every target language: its runs share one model, under `en`."""
+    """The language trained on. English-only training is the same for every target language: its runs share one model, under `en`; so do those of a method of several languages, under zh+vi."""
+    if self.method.languages:
+        return "+".join(self.training_languages)
     return "en" if self.method.english_only and (self.start is None or self.start.training_lang == "en") else self.lang
+
+
+@patch(as_prop=True)
+def training_languages(self: Run) -> tuple[str, ...]:
+    """The languages trained on."""
+    return self.study.languages_of(self.method) or (self.training_lang,)
 
 # %% ../nbs/10_study.ipynb #08b4ba11
 @patch(as_prop=True)
@@ -328,6 +358,13 @@ def recipe_rows(self: Run) -> Path:
 
 
 @patch(as_prop=True)
+def selected_rows(self: Run) -> Path:
+    """The rows that are selected for the method's stages, written by nbs/experiments/select_rows.ipynb; by their English side once for all languages, under `en`."""
+    english = all(stage.select.side == "en" for stage in self.method.stages if stage.select)
+    return self.study.folder(self.model, "en" if english else self.training_lang, self.method.name, f"seed{self.seed}") / "selected_rows.json"
+
+
+@patch(as_prop=True)
 def trained(self: Run) -> str:
     """The model to evaluate: the fine-tuned one, or the base where the method does not train."""
     return str(self.training_folder / "model") if self.method.stages else self.base
@@ -358,14 +395,24 @@ def _recipe_options(self: Run) -> dict[str, dict[str, Any]]:
 def data_files(self: Run) -> dict[str, str]:
     """The content of the files it is trained on, see `contents`: the tables of its language and of English, and what the options of its recipes name."""
     named = [path for options in self._recipe_options.values() for path in files_named_in(options, self.training_lang, self.study.languages)]
-    return contents([*self.study.data_files(self.training_lang), *named])
+    data = self.study.data
+    for field, given in (("text", data.text), ("dictionaries", data.dictionaries)):
+        if self.method.needs(field):
+            named += [located(given[known]) for lang in self.training_languages if (known := nearest(lang, given))]
+    return contents([*(path for lang in self.training_languages for path in self.study.data_files(lang)), *named])
+
+# %% ../nbs/10_study.ipynb #0b355999
+@patch(as_prop=True)
+def pool_files(self: Run) -> dict[str, str]:
+    """The content of the files that rows are selected from: the data of every language of the study, since all train on the same examples, and its own."""
+    return contents(path for lang in self.study.languages for path in self.study.data_files(lang)) | self.data_files
 
 # %% ../nbs/10_study.ipynb #e3f1fc93
 @patch(as_prop=True)
 def inputs(self: Run) -> dict[str, Any]:
     """What the training depends on, in plain values: the key, the stages written out, layers, data and their content, recipe and base model."""
     parts = self.study.model_dump(mode="json", include={"layers", "data", "train"})
-    method = self.method.model_dump(mode="json", include={"start", "stages", "items"})
+    method = self.method.model_dump(mode="json", include={"start", "stages", "items", "languages", "temperature"}) | {"languages": self.training_languages, "prefix": self.method.ask.prefix}
     base = self.study.models[self.model].model_dump(mode="json")
     files = self.data_files | contents([project_root() / launch] if (launch := self.study.train.launch) else [])
     inputs = self.key | {"lang": self.training_lang, "training": method, "base": base} | parts | {"recipes": self._recipe_options, "files": files}
@@ -377,7 +424,7 @@ def checkpoints(self: Run) -> Path:
     """Where the training keeps what it needs to go on after an interruption: another folder as soon as an input, the code or a library changes."""
     layers = self.layers_file.read_text(encoding="utf-8") if self.method.supervisions else ""
     code = project_root() / PACKAGE / "training.py"
-    made_from = [json.dumps(self.inputs, sort_keys=True), layers, digest(self.recipe_rows), digest(self.start_model)]
+    made_from = [json.dumps(self.inputs, sort_keys=True), layers, digest(self.recipe_rows), digest(self.selected_rows), digest(self.start_model)]
     key = json_digest([*made_from, made_by(code) if code.is_file() else version(PACKAGE), versions()])
     return self.training_folder / f"checkpoints-{key[:8]}"
 
@@ -434,23 +481,26 @@ def require_inputs(self: Run) -> None:
         self.require("select_layers", self.layers_file)
     if self.method.recipes:
         self.require("recipe_rows", self.recipe_rows)
+    if self.method.selects:
+        self.require("select_rows", self.selected_rows)
     self.check_inputs()
 
 # %% ../nbs/10_study.ipynb #c1757a78
 @patch
 def alone(self: Run, notebook: str) -> FileLock:
     """The lock on what a notebook of nbs/experiments makes for this run, taken (`dsft.files.hold`)."""
-    folders = {"select_layers": self.layers_file.parent, "evaluate": self.folder}
+    folders = {"select_layers": self.layers_file.parent, "select_rows": self.selected_rows.parent, "evaluate": self.folder}
     return hold(folders.get(notebook, self.training_folder) / notebook)
 
 
 @patch
 def check_inputs(self: Run) -> None:
-    """Refuse layers or rows of recipes that were made from other data or another base model. Raises `ParamsError`, one line."""
+    """Refuse layers, rows of recipes or selections that were made from other data or another base model. Raises `ParamsError`, one line."""
     base = {"base_sha256": sha} if (sha := digest(self.base)) else {}
     for needed, result, record, files in (
         (self.method.supervisions, self.layers_file, "layers_provenance.json", contents(self.study.layer_files(self.lang))),
         (self.method.recipes, self.recipe_rows, "recipe_rows_report.json", self.data_files),
+        (self.method.selects, self.selected_rows, "selected_rows.json", self.pool_files),
     ):
         if needed and (report := result.with_name(record)).is_file():
             told = json.loads(report.read_text(encoding="utf-8"))
@@ -473,6 +523,7 @@ class Recipe(NamedTuple):
     options: type[Part]  # the class that describes and checks its options
     rows: Callable[[Run, Any], tuple[list[dict[str, str]], dict[str, Any]]]  # run, options -> rows (id, x_tgt, y_tgt, x_en, y_en and what else tells of them), report
     check: Callable[[Run, Any], None]  # run, options -> raises ParamsError for what is missing, before anything is computed
+    needs: tuple[str, ...] = ()  # what its rows are made of besides the parallel examples, in words, for tables
 
 # %% ../nbs/10_study.ipynb #48e5695f
 def load_study(study: str | Path) -> Study:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Splits', 'MICROCOSM_ITEMS', 'MICROCOSM_SHOTS', 'f1_results', 'mkqa_results', 'mc1_results', 'bits_results',
            'chrf_results', 'corpus_chrf', 'to_prompt', 'answer_delimiter', 'harness_prompt', 'OtherItems', 'Task',
-           'RowsTask', 'task_config', 'task_rows', 'write_tasks', 'write_gold_tasks', 'evaluate']
+           'RowsTask', 'task_config', 'task_rows', 'write_tasks', 'write_after_thoughts', 'write_gold_tasks',
+           'evaluate']
 
 # %% ../nbs/23_tasks.ipynb #864265c0
 from collections import Counter
@@ -27,11 +28,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .asking import after_thoughts, as_asked, thinks
 from .benchmark_items import BENCHMARK_SEED, SOURCES, Item, asked_text, directions, load_benchmark, load_shots
 from .cached_lm import SharedContextLM
-from .data import begins_with_space, example_fields, held_out_pairs, prompt_ids, say
-from .files import ParamsError, read_rows, replacing, write_jsonl
-from .methods import PATTERNS
+from .data import begins_with_space, example_fields, held_out_pairs, prompt_ids, say, words_and_content
+from .files import ParamsError, json_digest, read_rows, replacing, write_jsonl
+from .languages import language_name, sides
+from .methods import PATTERNS, Ask
 from .metrics import BENCHMARKS, BITS, EVERY_BENCHMARK, INSTRUCTIONS, METRICS, TRANSLATION, Benchmark, NotAvailable, bits_per_byte, chrf, comet, f1, f1_script, spbleu
 from .microcosm import World
 from .precision import dtype_here
@@ -83,12 +86,15 @@ def corpus_chrf(pairs: list[tuple[str, str]]) -> float:
     return chrf(*zip(*pairs)) / 100
 
 # %% ../nbs/23_tasks.ipynb #446797cf
-def to_prompt(name: str, lang: str, item: Item, template: Template) -> dict[str, Any]:
-    """An item (dsft.benchmark_items) as a row of a task: prompt, and answers or choices and label."""
-    wording = benchmark_wording(name, lang)
+def to_prompt(name: str, lang: str, item: Item, template: Template, words: str = "tgt") -> dict[str, Any]:
+    """An item (dsft.benchmark_items) as a row of a task: prompt, and answers or choices and label. `words` "en": the wording is English, and says in which language to answer unless it has choices."""
+    english = words == "en" and len(sides(lang)) == 1 and lang != "en"
+    wording = benchmark_wording(name, "en" if english else lang)
     instruction = wording["instruction"]
     if isinstance(instruction, dict):
         instruction = instruction[item["asks"]]
+    if english and "choices" not in wording:
+        instruction = template.answer_in.format(instruction=instruction, language=language_name(lang))
     row = {"prompt": template.prompt(instruction.format(**item), wording.get("input", "").format(**item))}
     if "answers" in item:
         return row | {key: item[key] for key in ("answers", "type", "source") if key in item}
@@ -160,6 +166,7 @@ class Task(NamedTuple):
     folder: Path
     splits: tuple[str, ...] = ("test",)  # test is what is asked; the last one is where examples in prompts come from
     gold: bool = False  # of a benchmark whose answers are generated: the task that scores the right ones
+    thought: bool = False  # whether its prompts end in what a model thought
 
     @property
     def name(self) -> str:
@@ -199,15 +206,20 @@ MICROCOSM_ITEMS = 500  # of a benchmark and language, where the study does not s
 MICROCOSM_SHOTS = 50  # from which examples in prompts are drawn
 
 
-def _microcosm_row(item: dict[str, Any], direction: str, template: Template) -> dict[str, Any]:
+def _microcosm_row(item: dict[str, Any], direction: str, template: Template, words: str) -> dict[str, Any]:
     """A generated item as a row of a task in one language or direction."""
-    said = dict(item[direction])
-    asked = said.pop("query")
+    said = {name: value for name, value in item[direction].items() if name not in ("query", "passage", "question")}
+    asked = item[direction]["query"]
+    prompt = template.prompt(asked)
+    if words == "en" and direction != "en" and len(sides(direction)) == 1:
+        english = words_and_content(item["en"])["question"]
+        fields = {"q_en": english, "p_tgt": words_and_content(item[direction])["passage"], "o_tgt": "", "language": language_name(direction)}
+        prompt, _ = say(PATTERNS["xp3"][0], fields, template)
     about = {"id": item["id"], "cluster": item["relation"], "relation": item["relation"], "seen": item["seen"]}
-    return about | {"lang": direction, "asked": asked, "prompt": template.prompt(asked), **said}
+    return about | {"lang": direction, "asked": asked, "prompt": prompt, **said}
 
 # %% ../nbs/23_tasks.ipynb #b47bf35e
-def _microcosm_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str], Splits]:
+def _microcosm_rows(name: str, lang: str, study: Study, words: str) -> dict[tuple[str, str], Splits]:
     """The rows of a generated benchmark by direction and prompt. Raises ParamsError for more items, or examples in prompts, than it has."""
     template, params, rows = TEMPLATES[study.data.template], study.evaluation, {}
     part = "dev" if params.part == "dev" else "test"
@@ -217,17 +229,17 @@ def _microcosm_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str],
             items = {split: World().benchmark(name, count, BENCHMARK_SEED, source) for split, (count, source) in made.items()}
         except ValueError as error:
             raise ParamsError(f"evaluation: the microcosm cannot make {name}: {error}") from None
-        rows[direction, "dsft"] = {split: [_microcosm_row(item, direction, template) for item in some] for split, some in items.items()}
+        rows[direction, "dsft"] = {split: [_microcosm_row(item, direction, template, words) for item in some] for split, some in items.items()}
     return rows
 
 # %% ../nbs/23_tasks.ipynb #48f293b8
-def _real_row(name: str, direction: str, prompt: str, template: Template, item: Item) -> dict[str, Any]:
+def _real_row(name: str, direction: str, prompt: str, template: Template, words: str, item: Item) -> dict[str, Any]:
     """An item as a row of a task that asks it in our way or in lm-eval's."""
     about = {"id": item["id"], "cluster": SOURCES[name].cluster(item), "lang": direction, "asked": asked_text(item)}
-    return about | (to_prompt(name, direction, item, template) if prompt == "dsft" else _harness_row(name, item)) | about
+    return about | (to_prompt(name, direction, item, template, words) if prompt == "dsft" else _harness_row(name, item)) | about
 
 
-def _real_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str], Splits]:
+def _real_rows(name: str, lang: str, study: Study, words: str) -> dict[tuple[str, str], Splits]:
     """The rows of a real benchmark by direction and prompt; what lm-eval has no prompt for is left out, with a printed line."""
     template, params, rows = TEMPLATES[study.data.template], study.evaluation, {}
     for direction, asked in load_benchmark(name, lang, params).items():
@@ -236,16 +248,16 @@ def _real_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str], Spli
             if prompt == "harness" and not harness_file(name, direction):
                 print(f"lm-eval has no task for {BENCHMARKS[name].title} in {direction!r}: it is not asked with lm-eval's prompt")
             else:
-                row = partial(_real_row, name, direction, prompt, template)
+                row = partial(_real_row, name, direction, prompt, template, words)
                 rows[direction, prompt] = {split: [row(item) for item in items] for split, items in splits.items()}
     return rows
 
 # %% ../nbs/23_tasks.ipynb #4c654b3a
-def _instruction_rows(name: str, lang: str, study: Study) -> dict[tuple[str, str], Splits]:
+def _instruction_rows(name: str, lang: str, study: Study, words: str) -> dict[tuple[str, str], Splits]:
     """The rows of the held-out instruction data, the answer of each as its only choice; none where none are held out."""
     rows = []
     for pair in held_out_pairs(study.data, lang):
-        prompt, answer = say(PATTERNS["tgt"][0], example_fields(pair, lang), TEMPLATES[study.data.template])
+        prompt, answer = say(PATTERNS["xp3" if words == "en" and lang != "en" else "tgt"][0], example_fields(pair, lang), TEMPLATES[study.data.template])
         rows.append({"id": pair.id, "cluster": pair.target.get("relation", pair.id), "lang": lang, "asked": prompt, "prompt": prompt, **_only(answer)})
     return {(lang, "dsft"): {"test": rows}} if rows else {}
 
@@ -257,7 +269,9 @@ def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]
     else:
         config, stop = {"include": str(_task_file(task.dataset)), "target_delimiter": delimiter}, TEMPLATES[study.data.template].stop
     config |= {"task": task.name, "dataset_kwargs": {split: str(file) for split, file in task.files.items()}, "fewshot_split": task.splits[-1]}
-    if task.dataset != INSTRUCTIONS:  # these are asked as in training, always without examples
+    if task.thought:
+        config["target_delimiter"] = " "
+    if task.dataset != INSTRUCTIONS and not task.thought:  # these are asked as in training, always without examples
         config["num_fewshot"] = study.evaluation.num_fewshot
     if task.gold:
         asked = [config["include"]] if isinstance(config["include"], str) else config["include"]
@@ -268,14 +282,14 @@ def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]
     return config
 
 # %% ../nbs/23_tasks.ipynb #619a3050
-def task_rows(study: Study, lang: str) -> Iterator[tuple[str, str, str, Splits]]:
-    """Benchmark, direction, prompt and rows by split of all that a study asks in one language; what there is nothing to ask of is left out, with a printed line.
+def task_rows(study: Study, lang: str, words: str = "tgt") -> Iterator[tuple[str, str, str, Splits]]:
+    """Benchmark, direction, prompt and rows by split of all that a study asks in one language, `words` as in `to_prompt`; what there is nothing to ask of is left out, with a printed line.
 
     Raises `ParamsError`, one line, for benchmark files that are missing or broken (see dsft.benchmark_items).
     """
     rows_of = dict.fromkeys(BENCHMARKS, _microcosm_rows if study.evaluation.source == "microcosm" else _real_rows) | {INSTRUCTIONS: _instruction_rows}
     for name in study.evaluation.benchmarks:
-        for (direction, prompt), splits in rows_of[name](name, lang, study).items():
+        for (direction, prompt), splits in rows_of[name](name, lang, study, words).items():
             yield name, direction, prompt, splits
 
 # %% ../nbs/23_tasks.ipynb #05f3cc8a
@@ -287,10 +301,30 @@ def _write(task: Task, splits: Splits, study: Study, delimiter: str) -> Task:
     return task
 
 
-def write_tasks(study: Study, lang: str, delimiter: str = "") -> list[Task]:
-    """Write the study's benchmarks in one language as lm-eval tasks. `delimiter` as in `task_config`; errors and what is left out as in `task_rows`."""
-    folder = study.asked_folder(lang) / ("spaced" if delimiter else "joined")  # two models of a study may be asked at the same time
-    return [_write(Task(name, direction, prompt, folder, tuple(splits)), splits, study, delimiter) for name, direction, prompt, splits in task_rows(study, lang)]
+def write_tasks(study: Study, lang: str, delimiter: str = "", ask: Ask = Ask()) -> list[Task]:
+    """Write the study's benchmarks in one language as lm-eval tasks, as a method has them asked. `delimiter` as in `task_config`; errors and what is left out as in `task_rows`.
+
+    lm-eval's own prompts are the same for all methods.
+    """
+    folder = study.asked_folder(lang, ask) / ("spaced" if delimiter else "joined")  # two models of a study may be asked at the same time
+    tasks = []
+    for name, direction, prompt, splits in task_rows(study, lang, ask.words):
+        if prompt == "dsft":
+            splits = {split: as_asked(study, name, direction, rows, ask) for split, rows in splits.items()}
+        tasks.append(_write(Task(name, direction, prompt, folder, tuple(splits)), splits, study, delimiter))
+    return tasks
+
+# %% ../nbs/23_tasks.ipynb #8512d9bc
+def write_after_thoughts(lm: LM, tasks: Sequence[Task], study: Study, delimiter: str, ask: Ask) -> list[Task]:
+    """The tasks again, those for which the model thinks with its thoughts."""
+    written = []
+    for task in tasks:
+        if task.prompt == "dsft" and thinks(ask, task.lang):
+            rows = after_thoughts(lm, task.lang, task.rows, ask)
+            task = task._replace(folder=task.folder / f"thoughts-{json_digest([row['prompt'] for row in rows])[:8]}", splits=("test",), thought=True)
+            task = _write(task, {"test": rows}, study, delimiter)
+        written.append(task)
+    return written
 
 # %% ../nbs/23_tasks.ipynb #bab09e73
 def write_gold_tasks(tasks: Sequence[Task], study: Study, delimiter: str = "") -> list[Task]:
@@ -384,7 +418,7 @@ def _sample(task: Task, logged: dict[str, Any]) -> dict[str, Any]:
     """One row of samples.jsonl from one of lm-eval's."""
     doc = logged["doc"]
     about = {"dataset": task.dataset, "lang": task.lang, "prompt": task.prompt}
-    about |= {key: doc[key] for key in ("id", "cluster", "relation", "seen", "type", "source") if doc.get(key) is not None}
+    about |= {key: doc[key] for key in ("id", "cluster", "relation", "seen", "type", "source", "thought", "unparsed") if doc.get(key) is not None}
     return about | (_generated if task.benchmark.generated else _chosen)(task.benchmark.metric, logged)
 
 # %% ../nbs/23_tasks.ipynb #07026902
@@ -419,7 +453,8 @@ def _task_scores(task: Task, found: dict[str, float | None], logged: list[dict[s
         {"dataset": task.dataset, "lang": task.lang, "prompt": task.prompt, "metric": metric,
          "value": None if value is None else round(value, 4),
          "items": sum(metric in s for s in logged) if metric == "f1_answerable" else len(logged),
-         "chance": round(sum(chances) / len(chances), 4) if chances and METRICS[metric].percent else None, "truncated": truncated}
+         "chance": round(sum(chances) / len(chances), 4) if chances and METRICS[metric].percent else None, "truncated": truncated,
+         **({"unparsed": sum(s["doc"]["unparsed"] for s in logged)} if task.thought else {})}
         for metric, value in found.items()
     ]  # fmt: skip
 
@@ -472,24 +507,26 @@ def _outcome(
 
 # %% ../nbs/23_tasks.ipynb #4c148757
 def evaluate(
-    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase, study: Study, langs: Sequence[str]
+    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase, study: Study, langs: Sequence[str], ask: Ask = Ask()
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Evaluate a model on the study's benchmarks in some languages.
+    """Evaluate a model on the study's benchmarks in some languages, asked in the way of its method.
 
     `model` is in memory, or the name of a folder or hub model for the study's `evaluation.backend`, and `tokenizer` its. Returns the scores - rows of dataset,
     lang (or direction, en-zh), prompt, metric, value (percent or bits a byte; None where the scorer is not available), items, chance (percent or None),
-    truncated (items whose prompt lost its beginning) - and the samples, one row an item: dataset, lang, prompt, id, cluster, in the microcosm
+    truncated (items whose prompt lost its beginning), after thoughts unparsed (items for which none was finished) - and the samples, one row an item: dataset, lang, prompt, id, cluster, in the microcosm
     relation and seen (the instruction data ask about this relation), prediction, reference, value in [0, 1] (of instructions bits a byte), for choices
     likelihoods, and bits_per_byte of the right answer where there is one.
     """
     params, delimiter = study.evaluation, answer_delimiter(tokenizer, TEMPLATES[study.data.template])
-    tasks = [task for lang in langs for task in write_tasks(study, lang, delimiter)]
+    ways = dict.fromkeys((Ask(), ask))  # as in training as well, for a look inside
+    tasks = [[task for lang in langs for task in write_tasks(study, lang, delimiter, way)] for way in ways][-1]
     if not tasks:
         raise ParamsError(f"evaluation: no benchmark of {', '.join(params.benchmarks)} can be asked in {', '.join(langs)}; choose others")
-    gold = {task._replace(gold=False): task for task in write_gold_tasks(tasks, study, delimiter)}
-    asked = [*tasks, *gold.values()]
     lm = _by_name(str(model), tokenizer, params) if isinstance(model, (str, Path)) else _in_memory(model, tokenizer, params)
     _compare_ids(lm, tokenizer, TEMPLATES[study.data.template].prompt("a"), params)
+    tasks = write_after_thoughts(lm, tasks, study, delimiter, ask)
+    gold = {task._replace(gold=False): task for task in write_gold_tasks(tasks, study, delimiter)}
+    asked = [*tasks, *gold.values()]
     report = _ask_all(lm, asked, _check_lengths(lm, asked))
     outcomes = [_outcome(task, gold.get(task), lm, report, params) for task in tasks]
     return [score for scores, _ in outcomes for score in scores], [sample for _, samples in outcomes for sample in samples]

@@ -31,9 +31,10 @@ from .backbone import max_positions
 from .data import parallel_pairs, pattern_rows, rows_digest, tokenize
 from .files import ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance
 from .files import read_rows, replacing, seal, write_json, write_jsonl, writing
-from .methods import Lora, Part, Stage
+from .methods import Lora, Part, Pattern, Stage
 from .precision import dtype_here
 from .prompts import TEMPLATES
+from .rows import beside, sampled
 from .settings import one_line
 from .study import Recipe, Run, Study, load_study
 from .trainer import DSFTTrainer, row_limits
@@ -78,13 +79,47 @@ def _recipe_rows(run: Run, recipe: str, share: float) -> tuple[list[dict[str, st
     report = {"source": run.recipe_rows.name, "lang": run.training_lang, "examples": len(rows), "tasks": dict(Counter(row["task"] for row in rows if "task" in row))}
     return [{name: row[name] for name in COLUMNS} for row in rows], report
 
+# %% ../nbs/20_training.ipynb #0d21362a
+def _rows_of_one(run: Run, patterns: Sequence[Pattern], lang: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """The rows that patterns make of the examples of a language, and the report on these."""
+    data, seed, answers = run.study.data, run.seed, {"en": "en", "tgt": lang}
+    pairs, report = parallel_pairs(data, lang, seed)
+    pairs = pairs[: run.method.items]
+    more = beside(data, patterns, pairs, lang, seed, lambda side: run.method.ask.tag(answers[side]))
+    return pattern_rows(pairs, patterns, lang, TEMPLATES[data.template], more), report
+
+
+def _rows_of_several(run: Run, patterns: Sequence[Pattern], lang: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """The rows of several languages, of each as many as `temperature` gives it; English rows are those of one more."""
+    english = [pattern for pattern in patterns if pattern.english_only]
+    others = [pattern for pattern in patterns if not pattern.english_only]
+    languages = {**({"en": english} if english else {}), **(dict.fromkeys(run.training_languages, others) if others else {})}
+    made = {name: _rows_of_one(run, said, name) for name, said in languages.items()}
+    counts = sampled({name: len(rows) for name, (rows, _) in made.items()}, run.method.temperature)
+    rows = [{**made[name][0][n % len(made[name][0])], "id": f"{name}/{n}/{made[name][0][n % len(made[name][0])]['id']}"} for name, count in counts.items() for n in range(count)]
+    reports = {name: report for name, (_, report) in made.items()}
+    return rows, {"lang": lang, "rows": counts, "languages": reports}
+
+
+def _selected(run: Run, stage: Stage, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Those of the rows that are selected for a stage."""
+    if not run.selected_rows.exists():
+        raise ParamsError(f"{run.selected_rows}: the selection of rows is not there; make it with: {run.command('select_rows')}")
+    number = next(n for n, other in enumerate(run.method.stages, 1) if (other.rows, other.select) == (stage.rows, stage.select))
+    chosen = json.loads(run.selected_rows.read_text(encoding="utf-8"))["stages"][str(number)]["ids"]
+    found = [row for row in rows if row["id"] in set(chosen)]
+    if len(found) < len(chosen):
+        raise ParamsError(f"{run.selected_rows}: {len(chosen) - len(found)} of its rows are not among those of the data; delete it to have it made again")
+    return found
+
 # %% ../nbs/20_training.ipynb #4c6b4e02
 def training_rows(run: Run, stage: Stage) -> tuple[Dataset, dict[str, Any]]:
     """The text rows that a stage of a run trains on, columns `COLUMNS`, and the report on what was read, checked and dropped."""
     rows, report = [], {}
     if patterns := [row for row in stage.rows if not row.recipe]:
-        pairs, report = parallel_pairs(run.study.data, run.training_lang, run.seed)
-        rows = pattern_rows(pairs[: run.method.items], patterns, run.training_lang, TEMPLATES[run.study.data.template])
+        rows, report = (_rows_of_several if len(run.training_languages) > 1 else _rows_of_one)(run, patterns, run.training_lang)
+    if stage.select:
+        rows = _selected(run, stage, rows)
     for row in stage.rows:
         if row.recipe:
             made, told = _recipe_rows(run, row.recipe, row.share)
@@ -99,6 +134,16 @@ def row_length(run: Run) -> int:
     return min(run.study.data.max_length, positions or run.study.data.max_length)
 
 
+def _tokens_trained(run: Run, stage: Stage, examples: Dataset, fields: Sequence[str]) -> int:
+    """How many tokens a stage reads in all its epochs, in the columns that its losses read."""
+    recipe = run.study.train
+    once = sum(len(ids) for field in fields for ids in examples[field])
+    epochs = recipe.epochs * stage.epochs
+    if recipe.max_steps > 0:
+        epochs = min(epochs, recipe.max_steps * recipe.batch_size / len(examples))
+    return round(once * epochs)
+
+
 def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> tuple[Dataset, Dataset]:
     """The rows that a stage trains on, as text and as token ids; writes data_report.json into the run's training folder.
 
@@ -108,7 +153,9 @@ def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, nu
     by_model = longest < run.study.data.max_length
     bound, remedy = (f"models.{run.model}: {longest} positions", "take a longer model") if by_model else (f"data.max_length = {longest}", "raise it")
     examples = tokenize(rows, tokenizer, longest, keep=("id",), report=report)
-    report["tokens"]["branches cut"] = row_limits(stage.supervisions, longest).check(examples)
+    limits = row_limits(stage.supervisions, longest)
+    report["tokens"]["branches cut"] = limits.check(examples)
+    report["tokens"]["trained"] = _tokens_trained(run, stage, examples, limits.fields)
     file = run.training_folder / "data_report.json"
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | {f"stage {number}": report} if number > 1 else report)
     lost, limit = 1 - len(examples) / len(rows), run.study.data.max_dropped

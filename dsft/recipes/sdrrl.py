@@ -228,4 +228,4 @@ def _rows(run: Run, options: SDRRLOptions) -> tuple[list[dict[str, str]], dict[s
     return training_mix(run, options, *load_base(run))
 
 
-RECIPE = Recipe(options=SDRRLOptions, rows=_rows, check=partial(resources, load_translator=False))
+RECIPE = Recipe(options=SDRRLOptions, rows=_rows, check=partial(resources, load_translator=False), needs=("dictionary", "translation model"))
