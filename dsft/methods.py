@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LossWeight', 'FIELDS', 'TextPattern', 'PATTERNS', 'Rows', 'Trainable', 'Role', 'METHODS', 'VARIANTS', 'Part',
-           'Weight', 'Supervision', 'Pattern', 'Lora', 'Stage', 'Method', 'method_from_name']
+           'Weight', 'Supervision', 'Pattern', 'TrainedLayers', 'LayerDecay', 'Lora', 'Sparse', 'TrainedTokens',
+           'Stage', 'Method', 'method_from_name']
 
 # %% ../nbs/02_methods.ipynb #88c79ac9
 import re
@@ -170,23 +171,79 @@ def _read_rows(given: Any) -> Any:
 
 Rows = Annotated[tuple[Pattern, ...], BeforeValidator(_read_rows), Field(min_length=1)]
 
+# %% ../nbs/02_methods.ipynb #7aa33822
+class TrainedLayers(Part):
+    """A range of layers is trained, the others are frozen: the embeddings with the first layer, the final norm and the head with the last."""
+
+    layers: str = Field(pattern=r"^(\d+-\d*|-\d+)$")  # "3-", "-2" or "2-5", counted from 1
+
+    @property
+    def bounds(self) -> tuple[int, int | None]:
+        """The first trained layer and the last one; None: the model's last."""
+        first, last = self.layers.split("-")
+        return int(first or 1), int(last) if last else None
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        first, last = self.bounds
+        if first < 1 or (last is not None and last < first):
+            raise ValueError(f"layers = {self.layers!r} is no range; give the first and the last one, counted from 1")
+        return self
+
+# %% ../nbs/02_methods.ipynb #14af298b
+class LayerDecay(Part):
+    """All weights are trained, layer l of L at the learning rate times decay^(L - l); embeddings count as layer 0, final norm and head as layer L."""
+
+    decay: float = Field(gt=0, le=1)
+
 # %% ../nbs/02_methods.ipynb #8b698879
 class Lora(Part):
-    """Low-rank adapters in place of full fine-tuning, for a model that is too large for the GPU (peft's LoRA, on all linear layers)."""
+    """Low-rank adapters in place of full fine-tuning (peft's LoRA), merged into the weights at the end of the stage."""
 
-    r: PositiveInt = 16
-    alpha: PositiveInt = 32
-    dropout: float = Field(default=0.0, ge=0, le=1)
+    lora: dict[str, Any] = {}  # arguments of peft.LoraConfig; r 16, lora_alpha 32 and all linear layers unless it says otherwise
+    context: PositiveInt = 256  # CorDA (init_lora_weights: corda): the first so many rows' English sides, whose directions it leaves alone
+
+# %% ../nbs/02_methods.ipynb #4a2a129e
+class Sparse(Part):
+    """A share of the weights of all matrices is trained, norms and biases stay; 1: all matrices."""
+
+    sparse: float = Field(gt=0, le=1)
+    l1: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # times the mean |θ - θ_start| over the trained weights, added to the loss
+
+# %% ../nbs/02_methods.ipynb #5d00c06f
+class TrainedTokens(Part):
+    """The input embeddings of so many tokens are trained: those whose gradient is largest before the training."""
+
+    tokens: PositiveInt
+    context: PositiveInt = 256  # the first so many rows, on which the gradient is measured
+
+# %% ../nbs/02_methods.ipynb #7fba1bdf
+_TRAINABLE = {"layers": TrainedLayers, "decay": LayerDecay, "lora": Lora, "sparse": Sparse, "tokens": TrainedTokens}
 
 
 def _read_trainable(given: Any) -> Any:
-    """lora or {lora: {...}} in the place of a `Lora`."""
-    if given == "lora":
-        return Lora()
-    return given["lora"] if isinstance(given, dict) and list(given) == ["lora"] else given
+    """The bare word lora in the place of a `Lora`; refuse what is none of the kinds."""
+    given = {"lora": {}} if given == "lora" else given
+    if not (given == "all" or isinstance(given, Part) or isinstance(given, dict) and len(_TRAINABLE.keys() & given.keys()) == 1):
+        raise ValueError(f"give all, or a mapping with one of {', '.join(_TRAINABLE)}")
+    return given
 
 
-Trainable = Annotated[Literal["all"] | Lora, BeforeValidator(_read_trainable)]
+def _kind_of_trainable(given: Any) -> str:
+    named = next((_TRAINABLE[key] for key in _TRAINABLE if isinstance(given, dict) and key in given), type(given))
+    return named.__name__ if issubclass(named, Part) else "All"
+
+
+Trainable = Annotated[
+    Annotated[Literal["all"], Tag("All")]
+    | Annotated[TrainedLayers, Tag("TrainedLayers")]
+    | Annotated[LayerDecay, Tag("LayerDecay")]
+    | Annotated[Lora, Tag("Lora")]
+    | Annotated[Sparse, Tag("Sparse")]
+    | Annotated[TrainedTokens, Tag("TrainedTokens")],
+    Discriminator(_kind_of_trainable),
+    BeforeValidator(_read_trainable),
+]
 
 # %% ../nbs/02_methods.ipynb #899d09e8
 class Stage(Part):
@@ -208,6 +265,17 @@ class Stage(Part):
     def recipes(self) -> tuple[str, ...]:
         """The recipes whose rows it trains on."""
         return tuple(dict.fromkeys(row.recipe for row in self.rows if row.recipe))
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether it starts where the pass before it started, and trains the weights that this one changed most."""
+        return isinstance(self.trainable, Sparse) and self.trainable.sparse < 1
+
+    @property
+    def passes(self) -> tuple["Stage", ...]:
+        """The trainings it consists of."""
+        dense = self.model_copy(update={"trainable": self.trainable.model_copy(update={"sparse": 1.0})}) if self.rewinds else None
+        return (dense, self) if dense else (self,)
 
     def at(self, i: int, j: int) -> "Stage":
         """The same stage with the critical layers of a model filled in."""

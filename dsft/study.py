@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, Priv
 from .files import PACKAGE, ParamsError, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by
 from .files import project_root, replacing, versions
 from .languages import base_code, nearest
-from .methods import Method, Part, Stage, method_from_name
+from .methods import Method, Part, Sparse, Stage, TrainedLayers, TrainedTokens, method_from_name
 from .metrics import INSTRUCTIONS
 from .settings import DataParams, EvalParams, FilePath, FolderName, Language, Layers, ModelParams, Rule, TrainParams, check_places, one_line, read_settings
 
@@ -93,6 +93,14 @@ class Study(Part):
         titles = [m.title for m in self.every_method.values()]
         if twice := sorted({title for title in titles if titles.count(title) > 1}):
             raise ValueError(f"methods: {twice[0]} is the title of two methods; give one another title")
+        return self
+
+    @model_validator(mode="after")
+    def _masks_hold(self):
+        for method in self.every_method.values():
+            masked = [stage for stage in method.stages if isinstance(stage.trainable or self.train.trainable, Sparse | TrainedTokens)]
+            if masked and self.train.weight_decay:
+                raise ValueError(f"train.weight_decay = {self.train.weight_decay:g}: it would change the weights that {method.name} leaves alone; set it to 0")
         return self
 
     @model_validator(mode="after")
@@ -335,12 +343,13 @@ def trained(self: Run) -> str:
 # %% ../nbs/10_study.ipynb #5c15523e
 @patch(as_prop=True)
 def stages(self: Run) -> tuple[Stage, ...]:
-    """The method's stages with the critical layers of this model and language, and the study's `trainable`, filled in."""
+    """The method's trainings: its stages with the critical layers of this model and language, and the study's `trainable`, filled in; each of their passes."""
     layers = {"i": 0, "j": 0}
     if self.method.supervisions:
         layers = json.loads(self.layers_file.read_text(encoding="utf-8"))
     stages = (stage.at(layers["i"], layers["j"]) for stage in self.method.stages)
-    return tuple(stage.model_copy(update={"trainable": stage.trainable or self.study.train.trainable}) for stage in stages)
+    filled = (stage.model_copy(update={"trainable": stage.trainable or self.study.train.trainable}) for stage in stages)
+    return tuple(part for stage in filled for part in stage.passes)
 
 # %% ../nbs/10_study.ipynb #6c151044
 @patch(as_prop=True)
@@ -510,6 +519,8 @@ def _check_layers(study: Study, file: str) -> None:
     fixed = {} if isinstance(study.layers, str) else {"layers.i": study.layers.i, "layers.j": study.layers.j}
     for m in study.every_method.values():
         fixed |= {f"methods.{m.name}.{s.stage}.layer": s.layer for s in m.supervisions if isinstance(s.layer, int)}
+        ranges = [stage.trainable.bounds for stage in m.stages if isinstance(stage.trainable, TrainedLayers)]
+        fixed |= {f"methods.{m.name}.trainable.layers": last or first for first, last in ranges}
     for model in study.models:
         top = num_hidden_layers(study, model)
         for field, layer in fixed.items():

@@ -38,6 +38,7 @@ from .files import ParamsError, first_wrong_weight
 from .losses import LOSSES, TFT, ForwardPass, LossPath, active, branches_of, combine, loss_counts, loss_sums, term_gradient_norms, terms_of
 from .methods import Supervision
 from .not_finite import NotFinite, culprits, example_names, in_words, keep
+from .trainable import depths, mean_change, split_by_depth
 
 logger = logging.getLogger(__name__)
 
@@ -222,11 +223,14 @@ class DSFTTrainer(Trainer):
         data_collator: Callable | None = None,  # default: collate with the tokenizer's pad token
         processing_class: Any = None,  # the tokenizer; saved with the model
         max_length: int | None = None,  # tokens of x_tgt and what follows it, besides the limit of the model
+        layer_decay: float = 1.0,  # γ: layer l of L learns at γ^(L - l) times the learning rate, see dsft.trainable.depths
+        l1: float = 0.0,  # times the mean |θ - θ_start| over the trainable parameters, added to the loss in training
         gradient_norm_steps: int = 0,  # log the norm of each loss's gradient every so many steps, where there are supervisions; 0: never
         **kwargs: Any,  # as for transformers.Trainer
     ):
         self.asked, self.path, self.max_length, self._collates = tuple(supervisions), path, max_length, data_collator is None
         self.gradient_norm_steps, self._step_batches = gradient_norm_steps, []
+        self.layer_decay, self.l1 = layer_decay, l1
         if model is not None:  # before anything is moved or written
             active(self.asked, find_backbone(model))
         if args is not None:
@@ -235,6 +239,7 @@ class DSFTTrainer(Trainer):
         _refuse_fallback(self.accelerator, self.args)
         _refuse_engine(self.accelerator)
         _refuse_sharded_balance(self.accelerator, self.asked)
+        self._start = [(p, p.detach().clone()) for p in self.model.parameters() if p.requires_grad] if l1 else []
         self.label_names = ["y_tgt"]  # tells the Trainer that an evaluation has a loss
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` says, for older versions of transformers
         self._begin_means()
@@ -250,6 +255,14 @@ class DSFTTrainer(Trainer):
         if hasattr(self, "terms"):  # not yet while the Trainer is made
             self._serve(model)
         return model
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As ever, but with a group of parameters for each depth where the learning rate decays with it."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self.layer_decay != 1:
+            split_by_depth(optimizer, depths(find_backbone(self.model if model is None else model)), self.layer_decay)
+        return optimizer
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
         _refuse_bypassed(self.args, self.asked, self.compute_loss_func)  # a search over hyperparameters may have changed them
@@ -382,6 +395,8 @@ def compute_loss(self: DSFTTrainer, model, inputs, return_outputs=False, num_ite
     outputs = combine(sums * self.accelerator.num_processes, num_items_in_batch, self.terms)
     if self.is_in_train and model.training:
         self._means.add(outputs, 1 / self.current_gradient_accumulation_steps)
+        if self._start:
+            outputs["loss"] = outputs["loss"] + self.l1 * mean_change(self._start) / self.current_gradient_accumulation_steps
     return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 # %% ../nbs/19_trainer.ipynb #6c5dcbc5

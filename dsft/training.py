@@ -25,16 +25,17 @@ from accelerate import PartialState
 from datasets import Dataset
 from fastcore.script import call_parse
 from pydantic import ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from .backbone import max_positions
 from .data import parallel_pairs, pattern_rows, rows_digest, tokenize
 from .files import ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance
 from .files import read_rows, replacing, seal, write_json, write_jsonl, writing
-from .methods import Lora, Part, Stage
+from .methods import Part, Stage
 from .prompts import TEMPLATES
 from .settings import one_line
 from .study import Recipe, Run, Study, load_study
+from .trainable import prepare
 from .trainer import DSFTTrainer, row_limits
 
 # %% ../nbs/20_training.ipynb #0486aef7
@@ -190,14 +191,6 @@ def training_arguments(run: Run, stage: Stage, number: int = 1) -> TrainingArgum
     )
 
 # %% ../nbs/20_training.ipynb #918dc360
-def _with_adapters(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
-    """The model with low-rank adapters on all linear layers, which alone are trained."""
-    from peft import LoraConfig, get_peft_model  # an optional dependency
-
-    low_rank = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **low_rank))
-
-
 def _note_origin(run: Run, rows: Dataset, folders: Sequence[str], number: int) -> None:
     """Write down what a stage is trained on, beside its checkpoints. Raises `ParamsError` when an input has been edited since `folders` were named after them."""
     if not all(Path(folder).is_relative_to(run.checkpoints) for folder in folders):
@@ -207,8 +200,11 @@ def _note_origin(run: Run, rows: Dataset, folders: Sequence[str], number: int) -
         write_json(run.checkpoints / f"stage{number}-origin.json", origin)
 
 
-def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrainer:
-    """Train one stage from the model `start`, a folder or a name on the hub, from its last complete checkpoint if there is one."""
+def train_stage(run: Run, stage: Stage, start: str, number: int = 1, full: str | None = None) -> DSFTTrainer:
+    """Train one stage from the model `start`, a folder or a name on the hub, from its last complete checkpoint if there is one.
+
+    `full` is for a stage that rewinds: what the pass before made of `start`.
+    """
     recipe = run.study.train
     arguments = training_arguments(run, stage, number)  # joins the other processes: only then does FSDP let the first one alone read the weights
     set_seed(run.seed)
@@ -217,15 +213,15 @@ def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrai
     with from_hub(start, "model", field):
         tokenizer = AutoTokenizer.from_pretrained(start)
     model = load_model(AutoModelForCausalLM, start, field, dtype=torch.float32)
-    if stage.trainable != "all":
-        model = _with_adapters(model, stage.trainable)
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     with arguments.main_process_first(desc="data"):  # what it tokenised the others find in the cache
         rows, examples = training_data(run, stage, tokenizer, number)
-    _note_origin(run, rows, [arguments.output_dir, *([start] if number > 1 else [])], number)
+    model = prepare(stage.trainable, model, examples, full)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _note_origin(run, rows, [arguments.output_dir, *({start, full} - {run.start_model, None})], number)
+    limits = {"layer_decay": getattr(stage.trainable, "decay", 1.0), "l1": getattr(stage.trainable, "l1", 0.0)}
     data = {"train_dataset": examples, "processing_class": tokenizer, "max_length": row_length(run), "gradient_norm_steps": recipe.gradient_norm_steps}
-    trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **data)
+    trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **limits, **data)
     with writing(arguments.output_dir):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     return trainer
@@ -267,17 +263,17 @@ def _leave_stage(done: Path, trainer: DSFTTrainer) -> None:
 # %% ../nbs/20_training.ipynb #229fef3d
 def fine_tune(run: Run) -> DSFTTrainer:
     """Train the stages of a run, each from its last complete checkpoint if there is one; returns the last one's trainer, its model not saved yet."""
-    start, checkpoints = run.start_model, run.checkpoints
+    models, checkpoints = [run.start_model], run.checkpoints  # the start, and what each stage leaves
     *before, last = enumerate(run.stages, 1)
+    train = lambda number, stage: train_stage(run, stage, models[-2 if stage.rewinds else -1], number, models[-1] if stage.rewinds else None)
     for number, stage in before:
         done = checkpoints / f"stage{number}-model"
         if done.exists():
             training_data(run, stage, AutoTokenizer.from_pretrained(done), number)  # for its part of the report
         else:
-            _leave_stage(done, train_stage(run, stage, start, number))
-        start = str(done)
-    number, stage = last
-    return train_stage(run, stage, start, number)
+            _leave_stage(done, train(number, stage))
+        models.append(str(done))
+    return train(*last)
 
 # %% ../nbs/20_training.ipynb #3135e084
 def save_training(run: Run, trainer: DSFTTrainer, started: float, command: str) -> None:
