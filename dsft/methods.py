@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LossWeight', 'FIELDS', 'TextPattern', 'PATTERNS', 'Rows', 'Trainable', 'Role', 'METHODS', 'VARIANTS', 'Part',
            'Weight', 'Supervision', 'Pattern', 'TrainedLayers', 'LayerDecay', 'Lora', 'Sparse', 'TrainedTokens',
-           'Stage', 'Method', 'method_from_name']
+           'Stage', 'KeptLayers', 'Method', 'method_from_name']
 
 # %% ../nbs/02_methods.ipynb #88c79ac9
 import re
@@ -290,6 +290,12 @@ def _title(name: str) -> str:
     first, *rest = name.split("_")
     return "-".join([first.upper(), *rest])
 
+# %% ../nbs/02_methods.ipynb #4a3db36c
+class KeptLayers(Part):
+    """Of the base model every so many layers, counted from the first so that the last one stays."""
+
+    layers: int = Field(ge=2)  # k: layer n of the model is the base's layer k · n
+
 # %% ../nbs/02_methods.ipynb #41028696
 class Method(Part):
     """A fine-tuning method: where it starts and the stages it trains in."""
@@ -297,8 +303,9 @@ class Method(Part):
     name: str = Field(pattern=r"^[a-z0-9_]+$")  # also the folder name of its runs
     title: str = ""  # in tables and figures; default: from the name
     role: Role | None = None  # default: base without stages, ours with supervisions, else comparator
-    start: str | None = None  # the method whose model it starts from; default: the base model
-    stages: tuple[Stage, ...] = (Stage(),)
+    start: str | KeptLayers | None = None  # the method whose model it starts from, or the base with fewer layers; default: the base model
+    stages: tuple[Stage, ...] = (Stage(),)  # default: one, with `weights` none
+    weights: dict[str, FiniteFloat] = {}  # in the place of stages: run ("method" or "model/method") -> λ
     items: PositiveInt | None = None  # train on the first so many examples; default: on all that the study has
     stem: str = ""  # the method of which it is a variation, see below; default: itself
     variant: str = ""  # and the variation
@@ -308,16 +315,31 @@ class Method(Part):
     def _defaults(cls, given: Any) -> Any:
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
             return given
-        return given | {"title": given.get("title") or _title(given["name"]), "stem": given.get("stem") or given["name"]}
+        stages = {"stages": ()} if given.get("weights") and "stages" not in given else {}
+        return given | stages | {"title": given.get("title") or _title(given["name"]), "stem": given.get("stem") or given["name"]}
 
     @model_validator(mode="after")
     def _role_by_content(self):
         if self.role is None:
-            role = "base" if not self.stages else "ours" if self.supervisions else "comparator"
+            role = "base" if not self.made else "ours" if self.supervisions else "comparator"
             object.__setattr__(self, "role", role)
         if self.start == self.name:
             raise ValueError("start names the method itself; name another one")
+        if self.weights and (self.stages or self.start or self.items):
+            raise ValueError("`weights` go with no training; leave `start`, `stages` and `items` out, or let another method start from this one")
+        if isinstance(self.start, KeptLayers) and any(isinstance(s.layer, str) for s in self.supervisions):
+            raise ValueError("the critical layers i and j are those of the whole base; with fewer layers give their numbers")
         return self
+
+    @property
+    def made(self) -> bool:
+        """Whether it makes a model; if not, it stands for the base model."""
+        return bool(self.stages or self.weights)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The runs that it needs, as a study file names them."""
+        return (*([self.start] if isinstance(self.start, str) else []), *self.weights)
 
 # %% ../nbs/02_methods.ipynb #0d59f9cb
 @patch(as_prop=True)

@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, Priv
 from .files import PACKAGE, ParamsError, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by
 from .files import project_root, replacing, versions
 from .languages import base_code, nearest
-from .methods import Method, Part, Sparse, Stage, TrainedLayers, TrainedTokens, method_from_name
+from .methods import KeptLayers, Method, Part, Sparse, Stage, TrainedLayers, TrainedTokens, method_from_name
 from .metrics import INSTRUCTIONS
 from .settings import DataParams, EvalParams, FilePath, FolderName, Language, Layers, ModelParams, Rule, TrainParams, check_places, one_line, read_settings
 
@@ -104,17 +104,26 @@ class Study(Part):
         return self
 
     @model_validator(mode="after")
-    def _starts_are_trained(self):
+    def _needs_are_made(self):
         for method in self.every_method.values():
-            chain = [method]
-            while (start := chain[-1].start) is not None:
-                try:
-                    chain.append(self.method(start))
-                except ValueError:
-                    raise ValueError(f"methods: {chain[-1].name} starts from {start!r}, which is no method of the study and no name of one") from None
-                if not chain[-1].stages or chain[-1] in chain[:-1]:
-                    raise ValueError(f"methods: {chain[-2].name} starts from {start!r}, which {'is never trained' if not chain[-1].stages else 'starts from it'}")
+            self._check_needs(method, ())
         return self
+
+    def _check_needs(self, method: Method, chain: tuple[str, ...]) -> None:
+        """Refuse a method that needs a run that there cannot be; `chain` are the methods that need it."""
+        if method.name in chain:
+            raise ValueError(f"methods: {method.name} needs itself, by {' and '.join(chain[chain.index(method.name) :])}; break the circle")
+        for need in method.needs:
+            model, _, name = need.rpartition("/")
+            if model and model not in self.models:
+                raise ValueError(f"methods: {method.name} needs {need!r}, but {model!r} is no model of the study; it has {', '.join(self.models)}")
+            try:
+                other = self.method(name)
+            except ValueError:
+                raise ValueError(f"methods: {method.name} needs {need!r}, which is no method of the study and no name of one") from None
+            if not other.made:
+                raise ValueError(f"methods: {method.name} needs {need!r}, which is never trained; name another one")
+            self._check_needs(other, (*chain, method.name))
 
 # %% ../nbs/10_study.ipynb #ac529e9e
 @patch(as_prop=True)
@@ -240,16 +249,16 @@ def all_runs(self: Study) -> list["Run"]:
         for model in part.models or self.models
         for lang in part.languages or self.languages
         for method in part.methods
-        for seed in (part.seeds or self.seeds)[: None if method.stages else 1]
+        for seed in (part.seeds or self.seeds)[: None if method.made else 1]
     ]
     return list({run.folder: run for run in runs}.values())
 
 
 @patch
 def all_trainings(self: Study) -> list["Run"]:
-    """The runs that are trained, each model once: English-only ones once for all languages, and those that others start from."""
-    chain = lambda run: [run, *(chain(run.start) if run.start else ())]
-    trained = [link for run in self.all_runs() for link in chain(run) if link.method.stages]
+    """The runs that make a model, each once: English-only ones once for all languages, and those that others need."""
+    chain = lambda run: [run, *(link for needed in run.needs.values() for link in chain(needed))]
+    trained = [link for run in self.all_runs() for link in chain(run) if link.method.made]
     return list({run.training_folder: run for run in trained}.values())
 
 # %% ../nbs/10_study.ipynb #2c584911
@@ -260,6 +269,7 @@ _NOTEBOOKS = {  # notebook of nbs/experiments -> its parameters
     "select_layers": ("study", "model", "lang"),
     "recipe_rows": ("study", "model", "lang", "method", "seed"),
     "train": ("study", "model", "lang", "method", "seed"),
+    "combine": ("study", "model", "lang", "method", "seed"),
     "evaluate": ("study", "model", "lang", "method", "seed"),
 }
 
@@ -290,13 +300,20 @@ class Run:
 @patch(as_prop=True)
 def start(self: Run) -> "Run | None":
     """The run whose model it starts from; None: it starts from the base model."""
-    return self.study.run(self.model, self.lang, self.method.start, self.seed) if self.method.start else None
+    return self.needs[self.method.start] if isinstance(self.method.start, str) else None
+
+
+@patch(as_prop=True)
+def needs(self: Run) -> dict[str, "Run"]:
+    """The runs whose models it needs, by the names that its method has for them."""
+    parts = {need: need.rpartition("/") for need in self.method.needs}
+    return {need: self.study.run(model or self.model, self.lang, name, self.seed) for need, (model, _, name) in parts.items()}
 
 
 @patch(as_prop=True)
 def training_lang(self: Run) -> str:
     """The language trained on. English-only training is the same for every target language: its runs share one model, under `en`."""
-    return "en" if self.method.english_only and (self.start is None or self.start.training_lang == "en") else self.lang
+    return "en" if self.method.english_only and all(run.training_lang == "en" for run in self.needs.values()) else self.lang
 
 # %% ../nbs/10_study.ipynb #08b4ba11
 @patch(as_prop=True)
@@ -337,8 +354,14 @@ def recipe_rows(self: Run) -> Path:
 
 @patch(as_prop=True)
 def trained(self: Run) -> str:
-    """The model to evaluate: the fine-tuned one, or the base where the method does not train."""
-    return str(self.training_folder / "model") if self.method.stages else self.base
+    """The model to evaluate: the one that the method makes, or the base where it makes none."""
+    return str(self.training_folder / "model") if self.method.made else self.base
+
+
+@patch(as_prop=True)
+def maker(self: Run) -> str:
+    """The notebook of nbs/experiments that makes its model."""
+    return "combine" if self.method.weights else "train"
 
 # %% ../nbs/10_study.ipynb #5c15523e
 @patch(as_prop=True)
@@ -374,7 +397,7 @@ def data_files(self: Run) -> dict[str, str]:
 def inputs(self: Run) -> dict[str, Any]:
     """What the training depends on, in plain values: the key, the stages written out, layers, data and their content, recipe and base model."""
     parts = self.study.model_dump(mode="json", include={"layers", "data", "train"})
-    method = self.method.model_dump(mode="json", include={"start", "stages", "items"})
+    method = self.method.model_dump(mode="json", include={"start", "stages", "items", "weights"})
     base = self.study.models[self.model].model_dump(mode="json")
     files = self.data_files | contents([project_root() / launch] if (launch := self.study.train.launch) else [])
     inputs = self.key | {"lang": self.training_lang, "training": method, "base": base} | parts | {"recipes": self._recipe_options, "files": files}
@@ -382,11 +405,17 @@ def inputs(self: Run) -> dict[str, Any]:
 
 
 @patch(as_prop=True)
+def needs_sha256(self: Run) -> dict[str, str]:
+    """The content of the models of the runs that it needs, besides the one that it starts from."""
+    return {name: digest(run.trained) for name, run in self.needs.items() if name != self.method.start}
+
+
+@patch(as_prop=True)
 def checkpoints(self: Run) -> Path:
     """Where the training keeps what it needs to go on after an interruption: another folder as soon as an input, the code or a library changes."""
     layers = self.layers_file.read_text(encoding="utf-8") if self.method.supervisions else ""
     code = project_root() / PACKAGE / "training.py"
-    made_from = [json.dumps(self.inputs, sort_keys=True), layers, digest(self.recipe_rows), digest(self.start_model)]
+    made_from = [json.dumps(self.inputs, sort_keys=True), layers, digest(self.recipe_rows), digest(self.start_model), *self.needs_sha256.values()]
     key = json_digest([*made_from, made_by(code) if code.is_file() else version(PACKAGE), versions()])
     return self.training_folder / f"checkpoints-{key[:8]}"
 
@@ -435,10 +464,11 @@ def require_base(self: Run) -> None:
 
 @patch
 def require_inputs(self: Run) -> None:
-    """Make sure that all is there that the training starts from: the base model or the run before, the critical layers, the rows of recipes."""
+    """Make sure that all is there that the training starts from: the base model, the models of other runs, the critical layers, the rows of recipes."""
     self.require_base()
-    if self.start:
-        self.start.require("train", self.start.trained)
+    for run in self.needs.values():
+        run.require_base()
+        run.require(run.maker, run.trained)
     if self.method.supervisions:
         self.require("select_layers", self.layers_file)
     if self.method.recipes:
@@ -470,10 +500,10 @@ def check_inputs(self: Run) -> None:
 def check_trained(self: Run) -> None:
     """Refuse a model that is not as it was saved, or that was trained from other inputs or another start. Raises `ParamsError`, one line."""
     check_intact(self.trained)
-    if self.method.stages and (record := Path(self.trained) / "provenance.json").is_file():
+    if self.method.made and (record := Path(self.trained) / "provenance.json").is_file():
         told = json.loads(record.read_text(encoding="utf-8"))
         check_made_from(self.trained, told.get("inputs", {}), **self.inputs)
-        check_made_from(self.trained, told, **({"base_sha256": sha} if (sha := digest(self.start_model)) else {}))
+        check_made_from(self.trained, told, **({"base_sha256": sha} if (sha := digest(self.start_model)) else {}), **({"needs_sha256": shas} if (shas := self.needs_sha256) else {}))
 
 # %% ../nbs/10_study.ipynb #9cc6be95
 class Recipe(NamedTuple):
@@ -514,15 +544,25 @@ def num_hidden_layers(study: Study, model: str) -> int | None:
     return json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers") if config.is_file() else None
 
 
+def _kept(study: Study, method: Method) -> int:
+    """Of how many layers of the base one is kept where a method starts."""
+    if isinstance(method.start, KeptLayers):
+        return method.start.layers
+    return _kept(study, study.method(method.start)) if method.start else 1
+
+
 def _check_layers(study: Study, file: str) -> None:
     """Refuse a fixed layer above the last one of a model whose depth is known."""
-    fixed = {} if isinstance(study.layers, str) else {"layers.i": study.layers.i, "layers.j": study.layers.j}
+    fixed = {} if isinstance(study.layers, str) else {("layers.i", 1): study.layers.i, ("layers.j", 1): study.layers.j}
     for m in study.every_method.values():
-        fixed |= {f"methods.{m.name}.{s.stage}.layer": s.layer for s in m.supervisions if isinstance(s.layer, int)}
+        kept = _kept(study, m)
+        if kept > 1 and any(isinstance(s.layer, str) for s in m.supervisions):
+            raise ParamsError(f"{file}: methods.{m.name}: the critical layers i and j are those of the whole base, and it starts from a part of its layers; give their numbers")
+        fixed |= {(f"methods.{m.name}.{s.stage}.layer", kept): s.layer for s in m.supervisions if isinstance(s.layer, int)}
         ranges = [stage.trainable.bounds for stage in m.stages if isinstance(stage.trainable, TrainedLayers)]
-        fixed |= {f"methods.{m.name}.trainable.layers": last or first for first, last in ranges}
+        fixed |= {(f"methods.{m.name}.trainable.layers", kept): last or first for first, last in ranges}
     for model in study.models:
         top = num_hidden_layers(study, model)
-        for field, layer in fixed.items():
-            if top is not None and layer > top:
-                raise ParamsError(f"{file}: {field} = {layer}: {model} has layers 1 to {top}; choose one of them")
+        for (field, kept), layer in fixed.items():
+            if top is not None and layer > top // kept:
+                raise ParamsError(f"{file}: {field} = {layer}: {model} has layers 1 to {top // kept}; choose one of them")

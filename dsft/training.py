@@ -31,12 +31,13 @@ from .backbone import max_positions
 from .data import parallel_pairs, pattern_rows, rows_digest, tokenize
 from .files import ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance
 from .files import read_rows, replacing, seal, write_json, write_jsonl, writing
-from .methods import Part, Stage
+from .methods import KeptLayers, Part, Stage
 from .prompts import TEMPLATES
 from .settings import one_line
 from .study import Recipe, Run, Study, load_study
 from .trainable import prepare
 from .trainer import DSFTTrainer, row_limits
+from .weights import save_start
 
 # %% ../nbs/20_training.ipynb #0486aef7
 RECIPES = {
@@ -196,7 +197,8 @@ def _note_origin(run: Run, rows: Dataset, folders: Sequence[str], number: int) -
     if not all(Path(folder).is_relative_to(run.checkpoints) for folder in folders):
         raise ParamsError(f"{run.training_folder}: an input was edited while this training went on; start it again")
     if PartialState().is_main_process:
-        origin = {"inputs": run.inputs, "base_sha256": digest(run.start_model), "data_sha256": rows_digest(rows)}
+        needs = {"needs_sha256": run.needs_sha256} if run.needs_sha256 else {}
+        origin = {"inputs": run.inputs, "base_sha256": digest(run.start_model), "data_sha256": rows_digest(rows)} | needs
         write_json(run.checkpoints / f"stage{number}-origin.json", origin)
 
 
@@ -261,9 +263,20 @@ def _leave_stage(done: Path, trainer: DSFTTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 # %% ../nbs/20_training.ipynb #229fef3d
+def _first_model(run: Run) -> str:
+    """The model that the first stage starts from; one that keeps a part of the base's layers is written beside the checkpoints."""
+    if not isinstance(run.method.start, KeptLayers):
+        return run.start_model
+    kept = run.checkpoints / "start"
+    with PartialState().main_process_first():
+        if not kept.exists():
+            save_start(run, kept)
+    return str(kept)
+
+
 def fine_tune(run: Run) -> DSFTTrainer:
     """Train the stages of a run, each from its last complete checkpoint if there is one; returns the last one's trainer, its model not saved yet."""
-    models, checkpoints = [run.start_model], run.checkpoints  # the start, and what each stage leaves
+    models, checkpoints = [_first_model(run)], run.checkpoints  # the start, and what each stage leaves
     *before, last = enumerate(run.stages, 1)
     train = lambda number, stage: train_stage(run, stage, models[-2 if stage.rewinds else -1], number, models[-1] if stage.rewinds else None)
     for number, stage in before:
