@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LossWeight', 'FIELDS', 'TextPattern', 'PATTERNS', 'Rows', 'Trainable', 'Role', 'METHODS', 'VARIANTS', 'Part',
            'Weight', 'Supervision', 'Pattern', 'TrainedLayers', 'LayerDecay', 'Lora', 'Sparse', 'TrainedTokens',
-           'Stage', 'KeptLayers', 'Method', 'method_from_name']
+           'Teacher', 'Stage', 'KeptLayers', 'Method', 'method_from_name']
 
 # %% ../nbs/02_methods.ipynb #88c79ac9
 import re
@@ -245,6 +245,38 @@ Trainable = Annotated[
     BeforeValidator(_read_trainable),
 ]
 
+# %% ../nbs/02_methods.ipynb #f1e7b85b
+def _one_pattern(given: Any) -> Any:
+    """The name of a pattern in its place."""
+    if isinstance(given, str):
+        if len(PATTERNS.get(given, ())) != 1:
+            raise ValueError(f"{given!r} is not the name of one pattern; choose from {', '.join(name for name, rows in PATTERNS.items() if len(rows) == 1)}")
+        return PATTERNS[given][0]
+    return given
+
+
+class Teacher(Part):
+    """Another model that a stage learns from."""
+
+    run: str = "base"  # a run of the study ("method" or "model/method"), or base: the base model
+    rows: Annotated[Pattern, BeforeValidator(_one_pattern)] | None = None  # what it reads of an example; default: what the student reads
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # α
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # T
+    hidden: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the mean squared distance of the hidden states
+
+    @model_validator(mode="after")
+    def _same_rows(self):
+        if self.hidden and self.rows:
+            raise ValueError("`hidden` compares states token by token; leave `rows` out, so that the teacher reads what the student reads")
+        if self.rows and self.rows.recipe:
+            raise ValueError("the teacher's `rows` are one pattern; a recipe has rows of its own")
+        return self
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it adds anything to the loss."""
+        return bool(self.weight or self.hidden)
+
 # %% ../nbs/02_methods.ipynb #899d09e8
 class Stage(Part):
     """One training: on what, which weights, with which supervision inside, how long."""
@@ -252,6 +284,7 @@ class Stage(Part):
     rows: Rows = PATTERNS["tgt"]
     trainable: Trainable | None = None  # default: as the study says
     supervisions: tuple[Supervision, ...] = ()
+    teacher: Teacher | None = None
     epochs: float = Field(default=1.0, gt=0)  # times the study's number of epochs
     learning_rate: float = Field(default=1.0, gt=0)  # times the study's learning rate
 
@@ -339,7 +372,8 @@ class Method(Part):
     @property
     def needs(self) -> tuple[str, ...]:
         """The runs that it needs, as a study file names them."""
-        return (*([self.start] if isinstance(self.start, str) else []), *self.weights)
+        teachers = dict.fromkeys(stage.teacher.run for stage in self.stages if stage.teacher and stage.teacher.run != "base")
+        return (*([self.start] if isinstance(self.start, str) else []), *self.weights, *teachers)
 
 # %% ../nbs/02_methods.ipynb #0d59f9cb
 @patch(as_prop=True)
@@ -357,7 +391,8 @@ def recipes(self: Method) -> tuple[str, ...]:
 @patch(as_prop=True)
 def english_only(self: Method) -> bool:
     """Whether it trains the same model whatever the target language."""
-    return not self.supervisions and all(row.english_only for stage in self.stages for row in stage.rows)
+    rows = [row for stage in self.stages for row in (*stage.rows, *([stage.teacher.rows] if stage.teacher and stage.teacher.rows else []))]
+    return not self.supervisions and all(row.english_only for row in rows)
 
 # %% ../nbs/02_methods.ipynb #1d86e845
 @patch(as_prop=True)

@@ -25,16 +25,18 @@ from accelerate import PartialState
 from datasets import Dataset
 from fastcore.script import call_parse
 from pydantic import ValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from .backbone import max_positions
-from .data import parallel_pairs, pattern_rows, rows_digest, tokenize
+from .data import parallel_pairs, pattern_rows, prompt_ids, rows_digest, tokenize
 from .files import ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance
 from .files import read_rows, replacing, seal, write_json, write_jsonl, writing
+from .losses import Term
 from .methods import KeptLayers, Part, Stage
 from .prompts import TEMPLATES
 from .settings import one_line
 from .study import Recipe, Run, Study, load_study
+from .teacher import TEACHER, teacher_terms
 from .trainable import prepare
 from .trainer import DSFTTrainer, row_limits
 from .weights import save_start
@@ -79,13 +81,24 @@ def _recipe_rows(run: Run, recipe: str, share: float) -> tuple[list[dict[str, st
     report = {"source": run.recipe_rows.name, "lang": run.training_lang, "examples": len(rows), "tasks": dict(Counter(row["task"] for row in rows if "task" in row))}
     return [{name: row[name] for name in COLUMNS} for row in rows], report
 
+# %% ../nbs/20_training.ipynb #69d42a7d
+def _add_teacher_prompts(rows: list[dict[str, Any]], taught: Sequence[dict[str, str]], patterns: int) -> None:
+    """Give each row the prompt x of the teacher's row `taught` of the same example, None where there is none or its y is another. Rows of pattern n have "-n" behind their id."""
+    of_example = {f"{row['id']}-{n}" if n else row["id"]: row for n in range(patterns) for row in taught}
+    for row in rows:
+        other = of_example.get(row["id"])
+        row[TEACHER] = other["x_tgt"] if other and other["y_tgt"] == row["y_tgt"] else None
+
 # %% ../nbs/20_training.ipynb #4c6b4e02
 def training_rows(run: Run, stage: Stage) -> tuple[Dataset, dict[str, Any]]:
     """The text rows that a stage of a run trains on, columns `COLUMNS`, and the report on what was read, checked and dropped."""
     rows, report = [], {}
     if patterns := [row for row in stage.rows if not row.recipe]:
         pairs, report = parallel_pairs(run.study.data, run.training_lang, run.seed)
-        rows = pattern_rows(pairs[: run.method.items], patterns, run.training_lang, TEMPLATES[run.study.data.template])
+        said = lambda some: pattern_rows(pairs[: run.method.items], some, run.training_lang, TEMPLATES[run.study.data.template])
+        rows = said(patterns)
+        if stage.teacher and stage.teacher.rows:
+            _add_teacher_prompts(rows, said([stage.teacher.rows]), len(patterns))
     for row in stage.rows:
         if row.recipe:
             made, told = _recipe_rows(run, row.recipe, row.share)
@@ -100,6 +113,17 @@ def row_length(run: Run) -> int:
     return min(run.study.data.max_length, positions or run.study.data.max_length)
 
 
+def _with_teacher_ids(examples: Dataset, tokenizer: PreTrainedTokenizerBase, longest: int, report: dict[str, Any]) -> Dataset:
+    """The teacher's prompts as token ids, none where it has no prompt or no room for the answer. Raises `ParamsError` when it has nothing to say."""
+    prompts, answers = examples[TEACHER][:], examples["y_tgt"]
+    ids = prompt_ids(tokenizer, [prompt or "" for prompt in prompts])
+    fits = [prompt is not None and len(x) + len(y) <= longest for prompt, x, y in zip(prompts, ids, answers)]
+    report["tokens"]["rows with a teacher"] = sum(fits)
+    if not any(fits):
+        raise ParamsError("teacher.rows: of no row of the stage do they say the same answer; take a pattern with the output of the stage's rows")
+    return examples.remove_columns(TEACHER).add_column(TEACHER, [x if fit else [] for x, fit in zip(ids, fits)])
+
+
 def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> tuple[Dataset, Dataset]:
     """The rows that a stage trains on, as text and as token ids; writes data_report.json into the run's training folder.
 
@@ -108,7 +132,9 @@ def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, nu
     (rows, report), longest = training_rows(run, stage), row_length(run)
     by_model = longest < run.study.data.max_length
     bound, remedy = (f"models.{run.model}: {longest} positions", "take a longer model") if by_model else (f"data.max_length = {longest}", "raise it")
-    examples = tokenize(rows, tokenizer, longest, keep=("id",), report=report)
+    examples = tokenize(rows, tokenizer, longest, keep=tuple(name for name in ("id", TEACHER) if name in rows.column_names), report=report)
+    if TEACHER in rows.column_names:
+        examples = _with_teacher_ids(examples, tokenizer, longest, report)
     report["tokens"]["branches cut"] = row_limits(stage.supervisions, longest).check(examples)
     file = run.training_folder / "data_report.json"
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | {f"stage {number}": report} if number > 1 else report)
@@ -202,6 +228,16 @@ def _note_origin(run: Run, rows: Dataset, folders: Sequence[str], number: int) -
         write_json(run.checkpoints / f"stage{number}-origin.json", origin)
 
 
+def _lessons(run: Run, stage: Stage, student: PreTrainedModel) -> list[Term]:
+    """The losses against the stage's teacher, none without one."""
+    if not (stage.teacher and stage.teacher.teaches):
+        return []
+    name = run.base if stage.teacher.run == "base" else run.needs[stage.teacher.run].trained
+    check_intact(name)
+    dtype = torch.bfloat16 if run.study.train.bf16 else torch.float32
+    return teacher_terms(stage.teacher, load_model(AutoModelForCausalLM, name, f"models.{run.model}.path", dtype=dtype), student)
+
+
 def train_stage(run: Run, stage: Stage, start: str, number: int = 1, full: str | None = None) -> DSFTTrainer:
     """Train one stage from the model `start`, a folder or a name on the hub, from its last complete checkpoint if there is one.
 
@@ -221,9 +257,9 @@ def train_stage(run: Run, stage: Stage, start: str, number: int = 1, full: str |
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     _note_origin(run, rows, [arguments.output_dir, *({start, full} - {run.start_model, None})], number)
-    limits = {"layer_decay": getattr(stage.trainable, "decay", 1.0), "l1": getattr(stage.trainable, "l1", 0.0)}
+    special = {"terms": _lessons(run, stage, model), "layer_decay": getattr(stage.trainable, "decay", 1.0), "l1": getattr(stage.trainable, "l1", 0.0)}
     data = {"train_dataset": examples, "processing_class": tokenizer, "max_length": row_length(run), "gradient_norm_steps": recipe.gradient_norm_steps}
-    trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **limits, **data)
+    trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **special, **data)
     with writing(arguments.output_dir):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     return trainer
