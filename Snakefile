@@ -163,15 +163,16 @@ def base_files(model):
 
 
 def start(w):
-    """The model that a training starts from, where the graph makes it."""
+    """The models that a training starts from or adds up, where the graph makes them."""
     run = trainings[tuple(w)]
-    return [os.path.relpath(run.start.trained)] if run.start else base_files(w.model)
+    bases = [w.model, *(needed.model for needed in run.needs.values())] if run.start is None else []
+    return [*dict.fromkeys(file for model in bases for file in base_files(model)), *(os.path.relpath(needed.trained) for needed in run.needs.values())]
 
 
 def trained(w):
     """The model that a run evaluates, where the graph makes it."""
     run = runs[tuple(w)]
-    return [os.path.relpath(run.trained)] if run.method.stages else base_files(w.model)
+    return [os.path.relpath(run.trained)] if run.method.made else base_files(w.model)
 
 
 def benchmark_files(lang):
@@ -328,6 +329,31 @@ rule select_rows:
         notebook(**OF_A_RUN | {"lang": "params.lang"}) + SEED
 
 
+added_up = sorted({run.method.name for run in trainings.values() if run.method.weights})
+
+if added_up:
+
+    rule combine:
+        input:
+            start=start,
+            notebook=ancient("nbs/experiments/combine.ipynb"),
+        output:
+            directory(f"{RUN}/model"),
+        log:
+            f"{RUN}/combine.ipynb",
+        wildcard_constraints:
+            method="|".join(added_up),
+        resources:
+            **needs((4_000, 60, 0), (256_000, 240, 0)),
+        params:
+            spec=lambda w: trainings[tuple(w)].inputs,
+            lang=lambda w: trainings[tuple(w)].lang,
+            base=lambda w: [found_base(model) for model in (w.model, *(needed.model for needed in trainings[tuple(w)].needs.values()))],
+            code=code("nbs/experiments/combine.ipynb"),
+        shell:
+            notebook(**OF_A_RUN | {"lang": "params.lang"}) + SEED
+
+
 rule train:
     input:
         start=start,
@@ -341,6 +367,8 @@ rule train:
         f"{RUN}/data_report.json",
     log:
         f"{RUN}/train.{'log' if study.train.launch else 'ipynb'}",
+    wildcard_constraints:
+        method="|".join(dict.fromkeys(run.method.name for run in trainings.values() if run.method.stages)),
     threads: PROCESSES
     resources:
         **needs((4_000, 240, 0), (256_000, 2880, PROCESSES)),
@@ -375,7 +403,7 @@ rule evaluate:
     params:
         spec=asked,
         files=lambda w: contents([*benchmark_files(w.lang), *study.evaluation.facts_files(w.lang)]),
-        base=lambda w: "" if runs[tuple(w)].method.stages else found_base(w.model),
+        base=lambda w: "" if runs[tuple(w)].method.made else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),
     shell:
         notebook(**OF_A_RUN) + SEED

@@ -54,7 +54,8 @@ def _logs(study: Study) -> Iterator[Path]:
         yield from (study.folder(model, f"{step}.ipynb") for step, made in steps if not (Path(made) / "config.json").exists())
     runs, trainings = study.all_runs(), study.all_trainings()
     jobs = [(run.layers_file, "select_layers.ipynb") for run in runs] + [(run.folder / "metrics.json", "evaluate.ipynb") for run in runs]
-    jobs += [(run.training_folder / "train_log.jsonl", f"train.{kind}") for run in trainings for kind in ("ipynb", "log")]
+    jobs += [(run.training_folder / "train_log.jsonl", f"train.{kind}") for run in trainings if run.method.stages for kind in ("ipynb", "log")]
+    jobs += [(run.training_folder / "model", "combine.ipynb") for run in trainings if run.method.weights]
     jobs += [(run.recipe_rows, "recipe_rows.ipynb") for run in trainings if run.method.recipes]
     yield from (result.with_name(log) for result, log in dict.fromkeys(jobs) if not result.exists())
     yield from sorted(study.folder("analysis").glob("*.ipynb"))

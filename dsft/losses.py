@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'LossPath', 'LOSSES', 'Row', 'join', 'ForwardPass', 'forward_pass', 'Term', 'LogitsTerm', 'TFT', 'pool',
            'FeatureTerm', 'terms_of', 'loss_counts', 'naive_passes', 'truncated_passes', 'english_pass', 'branches_of',
-           'pack', 'visibility', 'one_pass', 'choose_path', 'forward_passes', 'term_sums', 'loss_sums', 'combine',
-           'active', 'dsft_loss', 'gradient_norms', 'term_gradient_norms']
+           'pack', 'visibility', 'one_pass', 'choose_path', 'forward_passes', 'term_sums', 'loss_sums', 'reported',
+           'combine', 'active', 'dsft_loss', 'gradient_norms', 'term_gradient_norms']
 
 # %% ../nbs/14_losses.ipynb #22567091
 import logging
@@ -384,15 +384,20 @@ def loss_sums(model, batch: dict[str, Tensor], terms: Sequence[Term], path: Loss
         return model(batch)
 
 # %% ../nbs/14_losses.ipynb #2dd5fa41
-LOSSES = ("tft", "lc", "et")  # the names under which terms are reported
+LOSSES = ("tft", "lc", "et")  # the names under which terms are reported, and those of other terms
+
+
+def reported(terms: Sequence[Term]) -> tuple[str, ...]:
+    """The names under which terms are reported: LOSSES, then any others."""
+    return tuple(dict.fromkeys([*LOSSES, *(t.name for t in terms)]))
 
 
 def combine(sums: Tensor, counts: Tensor, terms: Sequence[Term]) -> dict[str, Tensor]:
-    """The losses from their sums: for each of LOSSES the sum of the terms of that name, 0 without any, and `loss`, the weighted total."""
+    """The losses from their sums: for each name that is `reported` the sum of the terms of that name, 0 without any, and `loss`, the weighted total."""
     losses = sums / counts.clamp_min(1)
     weights = losses.new_tensor([t.weight for t in terms])
     named = lambda name: sum((loss for t, loss in zip(terms, losses) if t.name == name), losses.new_zeros(()))
-    return {"loss": (weights * losses).sum()} | {name: named(name) for name in LOSSES}
+    return {"loss": (weights * losses).sum()} | {name: named(name) for name in reported(terms)}
 
 # %% ../nbs/14_losses.ipynb #3c237f88
 def active(supervisions: Sequence[Supervision], backbone: Backbone) -> list[Supervision]:

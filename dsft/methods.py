@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LossWeight', 'FIELDS', 'TextPattern', 'PATTERNS', 'Rows', 'Trainable', 'Role', 'Languages', 'METHODS', 'VARIANTS',
-           'Part', 'Weight', 'Supervision', 'fields_in', 'Pattern', 'Lora', 'Select', 'Stage', 'Shots', 'Ask', 'Method',
-           'method_from_name']
+           'Part', 'Weight', 'Supervision', 'fields_in', 'Pattern', 'TrainedLayers', 'LayerDecay', 'Lora', 'Sparse',
+           'TrainedTokens', 'Teacher', 'Select', 'Stage', 'Shots', 'Ask', 'KeptLayers', 'Method', 'method_from_name']
 
 # %% ../nbs/02_methods.ipynb #88c79ac9
 import re
@@ -208,23 +208,111 @@ def _read_rows(given: Any) -> Any:
 
 Rows = Annotated[tuple[Pattern, ...], BeforeValidator(_read_rows), Field(min_length=1)]
 
+# %% ../nbs/02_methods.ipynb #7aa33822
+class TrainedLayers(Part):
+    """A range of layers is trained, the others are frozen: the embeddings with the first layer, the final norm and the head with the last."""
+
+    layers: str = Field(pattern=r"^(\d+-\d*|-\d+)$")  # "3-", "-2" or "2-5", counted from 1
+
+    @property
+    def bounds(self) -> tuple[int, int | None]:
+        """The first trained layer and the last one; None: the model's last."""
+        first, last = self.layers.split("-")
+        return int(first or 1), int(last) if last else None
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        first, last = self.bounds
+        if first < 1 or (last is not None and last < first):
+            raise ValueError(f"layers = {self.layers!r} is no range; give the first and the last one, counted from 1")
+        return self
+
+# %% ../nbs/02_methods.ipynb #14af298b
+class LayerDecay(Part):
+    """All weights are trained, layer l of L at the learning rate times decay^(L - l); embeddings count as layer 0, final norm and head as layer L."""
+
+    decay: float = Field(gt=0, le=1)
+
 # %% ../nbs/02_methods.ipynb #8b698879
 class Lora(Part):
-    """Low-rank adapters in place of full fine-tuning, for a model that is too large for the GPU (peft's LoRA, on all linear layers)."""
+    """Low-rank adapters in place of full fine-tuning (peft's LoRA), merged into the weights at the end of the stage."""
 
-    r: PositiveInt = 16
-    alpha: PositiveInt = 32
-    dropout: float = Field(default=0.0, ge=0, le=1)
+    lora: dict[str, Any] = {}  # arguments of peft.LoraConfig; r 16, lora_alpha 32 and all linear layers unless it says otherwise
+    context: PositiveInt = 256  # CorDA (init_lora_weights: corda): the first so many rows' English sides, whose directions it leaves alone
+
+# %% ../nbs/02_methods.ipynb #4a2a129e
+class Sparse(Part):
+    """A share of the weights of all matrices is trained, norms and biases stay; 1: all matrices."""
+
+    sparse: float = Field(gt=0, le=1)
+    l1: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # times the mean |θ - θ_start| over the trained weights, added to the loss
+
+# %% ../nbs/02_methods.ipynb #5d00c06f
+class TrainedTokens(Part):
+    """The input embeddings of so many tokens are trained: those whose gradient is largest before the training."""
+
+    tokens: PositiveInt
+    context: PositiveInt = 256  # the first so many rows, on which the gradient is measured
+
+# %% ../nbs/02_methods.ipynb #7fba1bdf
+_TRAINABLE = {"layers": TrainedLayers, "decay": LayerDecay, "lora": Lora, "sparse": Sparse, "tokens": TrainedTokens}
 
 
 def _read_trainable(given: Any) -> Any:
-    """lora or {lora: {...}} in the place of a `Lora`."""
-    if given == "lora":
-        return Lora()
-    return given["lora"] if isinstance(given, dict) and list(given) == ["lora"] else given
+    """The bare word lora in the place of a `Lora`; refuse what is none of the kinds."""
+    given = {"lora": {}} if given == "lora" else given
+    if not (given == "all" or isinstance(given, Part) or isinstance(given, dict) and len(_TRAINABLE.keys() & given.keys()) == 1):
+        raise ValueError(f"give all, or a mapping with one of {', '.join(_TRAINABLE)}")
+    return given
 
 
-Trainable = Annotated[Literal["all"] | Lora, BeforeValidator(_read_trainable)]
+def _kind_of_trainable(given: Any) -> str:
+    named = next((_TRAINABLE[key] for key in _TRAINABLE if isinstance(given, dict) and key in given), type(given))
+    return named.__name__ if issubclass(named, Part) else "All"
+
+
+Trainable = Annotated[
+    Annotated[Literal["all"], Tag("All")]
+    | Annotated[TrainedLayers, Tag("TrainedLayers")]
+    | Annotated[LayerDecay, Tag("LayerDecay")]
+    | Annotated[Lora, Tag("Lora")]
+    | Annotated[Sparse, Tag("Sparse")]
+    | Annotated[TrainedTokens, Tag("TrainedTokens")],
+    Discriminator(_kind_of_trainable),
+    BeforeValidator(_read_trainable),
+]
+
+# %% ../nbs/02_methods.ipynb #f1e7b85b
+def _one_pattern(given: Any) -> Any:
+    """The name of a pattern in its place."""
+    if isinstance(given, str):
+        if len(PATTERNS.get(given, ())) != 1:
+            raise ValueError(f"{given!r} is not the name of one pattern; choose from {', '.join(name for name, rows in PATTERNS.items() if len(rows) == 1)}")
+        return PATTERNS[given][0]
+    return given
+
+
+class Teacher(Part):
+    """Another model that a stage learns from."""
+
+    run: str = "base"  # a run of the study ("method" or "model/method"), or base: the base model
+    rows: Annotated[Pattern, BeforeValidator(_one_pattern)] | None = None  # what it reads of an example; default: what the student reads
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)  # α
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # T
+    hidden: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of the mean squared distance of the hidden states
+
+    @model_validator(mode="after")
+    def _same_rows(self):
+        if self.hidden and self.rows:
+            raise ValueError("`hidden` compares states token by token; leave `rows` out, so that the teacher reads what the student reads")
+        if self.rows and self.rows.recipe:
+            raise ValueError("the teacher's `rows` are one pattern; a recipe has rows of its own")
+        return self
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it adds anything to the loss."""
+        return bool(self.weight or self.hidden)
 
 # %% ../nbs/02_methods.ipynb #ab4f43c5
 class Select(Part):
@@ -241,6 +329,7 @@ class Stage(Part):
     rows: Rows = PATTERNS["tgt"]
     trainable: Trainable | None = None  # default: as the study says
     supervisions: tuple[Supervision, ...] = ()
+    teacher: Teacher | None = None
     epochs: float = Field(default=1.0, gt=0)  # times the study's number of epochs
     learning_rate: float = Field(default=1.0, gt=0)  # times the study's learning rate
     select: Select | None = None  # default: all rows
@@ -259,6 +348,17 @@ class Stage(Part):
     def recipes(self) -> tuple[str, ...]:
         """The recipes whose rows it trains on."""
         return tuple(dict.fromkeys(row.recipe for row in self.rows if row.recipe))
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether it starts where the pass before it started, and trains the weights that this one changed most."""
+        return isinstance(self.trainable, Sparse) and self.trainable.sparse < 1
+
+    @property
+    def passes(self) -> tuple["Stage", ...]:
+        """The trainings it consists of."""
+        dense = self.model_copy(update={"trainable": self.trainable.model_copy(update={"sparse": 1.0})}) if self.rewinds else None
+        return (dense, self) if dense else (self,)
 
     def at(self, i: int, j: int) -> "Stage":
         """The same stage with the critical layers of a model filled in."""
@@ -299,6 +399,12 @@ def _title(name: str) -> str:
     first, *rest = name.split("_")
     return "-".join([first.upper(), *rest])
 
+# %% ../nbs/02_methods.ipynb #4a3db36c
+class KeptLayers(Part):
+    """Of the base model every so many layers, counted from the first so that the last one stays."""
+
+    layers: int = Field(ge=2)  # k: layer n of the model is the base's layer k · n
+
 # %% ../nbs/02_methods.ipynb #e2ef5b41
 Languages = Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -309,8 +415,9 @@ class Method(Part):
     name: str = Field(pattern=r"^[a-z0-9_]+$")  # also the folder name of its runs
     title: str = ""  # in tables and figures; default: from the name
     role: Role | None = None  # default: base without stages, ours with supervisions, else comparator
-    start: str | None = None  # the method whose model it starts from; default: the base model
-    stages: tuple[Stage, ...] = (Stage(),)
+    start: str | KeptLayers | None = None  # the method whose model it starts from, or the base with fewer layers; default: the base model
+    stages: tuple[Stage, ...] = (Stage(),)  # default: one, with `weights` none
+    weights: dict[str, FiniteFloat] = {}  # in the place of stages: run ("method" or "model/method") -> λ
     items: PositiveInt | None = None  # train on the first so many examples; default: on all that the study has
     languages: Languages | None = None  # train one model on these, or on all of the study, for every target language; default: on the run's own
     temperature: float = Field(default=1.0, ge=1)  # languages: each has a share of the rows ∝ (number of its rows)^(1/temperature)
@@ -323,20 +430,36 @@ class Method(Part):
     def _defaults(cls, given: Any) -> Any:
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
             return given
-        return given | {"title": given.get("title") or _title(given["name"]), "stem": given.get("stem") or given["name"]}
+        stages = {"stages": ()} if given.get("weights") and "stages" not in given else {}
+        return given | stages | {"title": given.get("title") or _title(given["name"]), "stem": given.get("stem") or given["name"]}
 
     @model_validator(mode="after")
     def _role_by_content(self):
         if self.role is None:
-            role = "base" if not self.stages else "ours" if self.supervisions else "comparator"
+            role = "base" if not self.made else "ours" if self.supervisions else "comparator"
             object.__setattr__(self, "role", role)
         if self.start == self.name:
             raise ValueError("start names the method itself; name another one")
-        if self.languages and (self.supervisions or self.recipes or any(stage.select for stage in self.stages)):
-            raise ValueError("`languages` go with rows of patterns only: critical layers, recipes and selections are of one language")
+        if self.weights and (self.stages or self.start or self.items):
+            raise ValueError("`weights` go with no training; leave `start`, `stages` and `items` out, or let another method start from this one")
+        if isinstance(self.start, KeptLayers) and any(isinstance(s.layer, str) for s in self.supervisions):
+            raise ValueError("the critical layers i and j are those of the whole base; with fewer layers give their numbers")
+        if self.languages and (self.supervisions or self.recipes or any(stage.select or stage.teacher and stage.teacher.rows for stage in self.stages)):
+            raise ValueError("`languages` go with rows of patterns only: critical layers, recipes, selections and the rows of a teacher are of one language")
         if self.temperature > 1 and not self.languages:
             raise ValueError("`temperature` belongs to `languages`; name them, or remove it")
         return self
+
+    @property
+    def made(self) -> bool:
+        """Whether it makes a model; if not, it stands for the base model."""
+        return bool(self.stages or self.weights)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The runs that it needs, as a study file names them."""
+        teachers = dict.fromkeys(stage.teacher.run for stage in self.stages if stage.teacher and stage.teacher.run != "base")
+        return (*([self.start] if isinstance(self.start, str) else []), *self.weights, *teachers)
 
 # %% ../nbs/02_methods.ipynb #0d59f9cb
 @patch(as_prop=True)
@@ -360,11 +483,12 @@ def selects(self: Method) -> bool:
 @patch(as_prop=True)
 def english_only(self: Method) -> bool:
     """Whether it trains the same model whatever the target language."""
-    return not self.supervisions and all(row.english_only for stage in self.stages for row in stage.rows)
+    rows = [row for stage in self.stages for row in (*stage.rows, *([stage.teacher.rows] if stage.teacher and stage.teacher.rows else []))]
+    return not self.supervisions and all(row.english_only for row in rows)
 
 # %% ../nbs/02_methods.ipynb #acaf2df0
 @patch
-def needs(self: Method, field: Literal["text", "dictionaries"]) -> bool:
+def holds(self: Method, field: Literal["text", "dictionaries"]) -> bool:
     """Whether its rows hold plain text, or words of a dictionary, which the study's `data` name."""
     named = {"text": "text", "dictionaries": "switched"}[field]
     return any(named in row.fields for stage in self.stages for row in stage.rows)
@@ -374,8 +498,8 @@ def needs(self: Method, field: Literal["text", "dictionaries"]) -> bool:
 def resources(self: Method) -> tuple[str, ...]:
     """What it has besides the parallel examples and the base, in words; of a recipe it is what that says (dsft.study.Recipe)."""
     told = {
-        "text": self.needs("text"),
-        "dictionary": self.needs("dictionaries"),
+        "text": self.holds("text"),
+        "dictionary": self.holds("dictionaries"),
         "other languages": bool(self.languages) or bool(self.ask.shots and self.ask.shots.languages == "others"),
         "English in prompts": self.ask.words == "en",
         "examples in prompts": bool(self.ask.shots),

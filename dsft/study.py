@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, Priv
 from .files import PACKAGE, ParamsError, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by
 from .files import project_root, replacing, versions
 from .languages import base_code, nearest
-from .methods import Ask, Method, Part, Stage, method_from_name
+from .methods import Ask, KeptLayers, Method, Part, Sparse, Stage, TrainedLayers, TrainedTokens, method_from_name
 from .metrics import INSTRUCTIONS
 from .settings import DataParams, EvalParams, FilePath, FolderName, Language, Layers, ModelParams, Rule, TrainParams, check_places, one_line, read_settings
 
@@ -96,19 +96,11 @@ class Study(Part):
         return self
 
     @model_validator(mode="after")
-    def _starts_are_trained(self):
+    def _masks_hold(self):
         for method in self.every_method.values():
-            chain = [method]
-            while (start := chain[-1].start) is not None:
-                try:
-                    chain.append(self.method(start))
-                except ValueError:
-                    raise ValueError(f"methods: {chain[-1].name} starts from {start!r}, which is no method of the study and no name of one") from None
-                if not chain[-1].stages or chain[-1] in chain[:-1]:
-                    raise ValueError(f"methods: {chain[-2].name} starts from {start!r}, which {'is never trained' if not chain[-1].stages else 'starts from it'}")
-            for here, before in zip(chain, chain[1:]):
-                if here.languages and not (before.languages == here.languages or before.english_only and not before.start):
-                    raise ValueError(f"methods: {here.name} is one model for all languages and starts from {before.name!r}, which is another one for each; choose another start")
+            masked = [stage for stage in method.stages if isinstance(stage.trainable or self.train.trainable, Sparse | TrainedTokens)]
+            if masked and self.train.weight_decay:
+                raise ValueError(f"train.weight_decay = {self.train.weight_decay:g}: it would change the weights that {method.name} leaves alone; set it to 0")
         return self
 
     @model_validator(mode="after")
@@ -119,9 +111,33 @@ class Study(Part):
             if method.languages and (missing := [lang for lang in languages if lang not in known or base_code(lang) == "en"]):
                 raise ValueError(f"methods.{method.name}: languages: {missing[0]} has no data as a target language; it is there for {', '.join(k for k in known if k != 'en')}")
             for field, named in (("text", self.data.text), ("dictionaries", self.data.dictionaries)) if self.data.source == "files" else ():
-                if method.needs(field) and (missing := [lang for lang in languages if nearest(lang, named) is None]):
+                if method.holds(field) and (missing := [lang for lang in languages if nearest(lang, named) is None]):
                     raise ValueError(f"data.{field}: none for {missing[0]}, which the rows of {method.name} need; name a file, or leave the method out")
         return self
+
+    @model_validator(mode="after")
+    def _needs_are_made(self):
+        for method in self.every_method.values():
+            self._check_needs(method, ())
+        return self
+
+    def _check_needs(self, method: Method, chain: tuple[str, ...]) -> None:
+        """Refuse a method that needs a run that there cannot be; `chain` are the methods that need it."""
+        if method.name in chain:
+            raise ValueError(f"methods: {method.name} needs itself, by {' and '.join(chain[chain.index(method.name) :])}; break the circle")
+        for need in method.needs:
+            model, _, name = need.rpartition("/")
+            if model and model not in self.models:
+                raise ValueError(f"methods: {method.name} needs {need!r}, but {model!r} is no model of the study; it has {', '.join(self.models)}")
+            try:
+                other = self.method(name)
+            except ValueError:
+                raise ValueError(f"methods: {method.name} needs {need!r}, which is no method of the study and no name of one") from None
+            if not other.made:
+                raise ValueError(f"methods: {method.name} needs {need!r}, which is never trained; name another one")
+            self._check_needs(other, (*chain, method.name))
+            if method.languages and not (other.languages == method.languages or other.english_only and not other.needs):
+                raise ValueError(f"methods: {method.name} is one model for all languages and starts from {need!r}, which is another one for each; choose another start")
 
 # %% ../nbs/10_study.ipynb #ac529e9e
 @patch(as_prop=True)
@@ -253,16 +269,16 @@ def all_runs(self: Study) -> list["Run"]:
         for model in part.models or self.models
         for lang in part.languages or self.languages
         for method in part.methods
-        for seed in (part.seeds or self.seeds)[: None if method.stages else 1]
+        for seed in (part.seeds or self.seeds)[: None if method.made else 1]
     ]
     return list({run.folder: run for run in runs}.values())
 
 
 @patch
 def all_trainings(self: Study) -> list["Run"]:
-    """The runs that are trained, each model once: English-only ones once for all languages, and those that others start from."""
-    chain = lambda run: [run, *(chain(run.start) if run.start else ())]
-    trained = [link for run in self.all_runs() for link in chain(run) if link.method.stages]
+    """The runs that make a model, each once: English-only ones once for all languages, and those that others need."""
+    chain = lambda run: [run, *(link for needed in run.needs.values() for link in chain(needed))]
+    trained = [link for run in self.all_runs() for link in chain(run) if link.method.made]
     return list({run.training_folder: run for run in trained}.values())
 
 # %% ../nbs/10_study.ipynb #2c584911
@@ -274,6 +290,7 @@ _NOTEBOOKS = {  # notebook of nbs/experiments -> its parameters
     "recipe_rows": ("study", "model", "lang", "method", "seed"),
     "select_rows": ("study", "model", "lang", "method", "seed"),
     "train": ("study", "model", "lang", "method", "seed"),
+    "combine": ("study", "model", "lang", "method", "seed"),
     "evaluate": ("study", "model", "lang", "method", "seed"),
 }
 
@@ -304,7 +321,14 @@ class Run:
 @patch(as_prop=True)
 def start(self: Run) -> "Run | None":
     """The run whose model it starts from; None: it starts from the base model."""
-    return self.study.run(self.model, self.lang, self.method.start, self.seed) if self.method.start else None
+    return self.needs[self.method.start] if isinstance(self.method.start, str) else None
+
+
+@patch(as_prop=True)
+def needs(self: Run) -> dict[str, "Run"]:
+    """The runs whose models it needs, by the names that its method has for them."""
+    parts = {need: need.rpartition("/") for need in self.method.needs}
+    return {need: self.study.run(model or self.model, self.lang, name, self.seed) for need, (model, _, name) in parts.items()}
 
 
 @patch(as_prop=True)
@@ -312,7 +336,7 @@ def training_lang(self: Run) -> str:
     """The language trained on. English-only training is the same for every target language: its runs share one model, under `en`; so do those of a method of several languages, under zh+vi."""
     if self.method.languages:
         return "+".join(self.training_languages)
-    return "en" if self.method.english_only and (self.start is None or self.start.training_lang == "en") else self.lang
+    return "en" if self.method.english_only and all(run.training_lang == "en" for run in self.needs.values()) else self.lang
 
 
 @patch(as_prop=True)
@@ -366,18 +390,25 @@ def selected_rows(self: Run) -> Path:
 
 @patch(as_prop=True)
 def trained(self: Run) -> str:
-    """The model to evaluate: the fine-tuned one, or the base where the method does not train."""
-    return str(self.training_folder / "model") if self.method.stages else self.base
+    """The model to evaluate: the one that the method makes, or the base where it makes none."""
+    return str(self.training_folder / "model") if self.method.made else self.base
+
+
+@patch(as_prop=True)
+def maker(self: Run) -> str:
+    """The notebook of nbs/experiments that makes its model."""
+    return "combine" if self.method.weights else "train"
 
 # %% ../nbs/10_study.ipynb #5c15523e
 @patch(as_prop=True)
 def stages(self: Run) -> tuple[Stage, ...]:
-    """The method's stages with the critical layers of this model and language, and the study's `trainable`, filled in."""
+    """The method's trainings: its stages with the critical layers of this model and language, and the study's `trainable`, filled in; each of their passes."""
     layers = {"i": 0, "j": 0}
     if self.method.supervisions:
         layers = json.loads(self.layers_file.read_text(encoding="utf-8"))
     stages = (stage.at(layers["i"], layers["j"]) for stage in self.method.stages)
-    return tuple(stage.model_copy(update={"trainable": stage.trainable or self.study.train.trainable}) for stage in stages)
+    filled = (stage.model_copy(update={"trainable": stage.trainable or self.study.train.trainable}) for stage in stages)
+    return tuple(part for stage in filled for part in stage.passes)
 
 # %% ../nbs/10_study.ipynb #6c151044
 @patch(as_prop=True)
@@ -397,7 +428,7 @@ def data_files(self: Run) -> dict[str, str]:
     named = [path for options in self._recipe_options.values() for path in files_named_in(options, self.training_lang, self.study.languages)]
     data = self.study.data
     for field, given in (("text", data.text), ("dictionaries", data.dictionaries)):
-        if self.method.needs(field):
+        if self.method.holds(field):
             named += [located(given[known]) for lang in self.training_languages if (known := nearest(lang, given))]
     return contents([*(path for lang in self.training_languages for path in self.study.data_files(lang)), *named])
 
@@ -412,7 +443,7 @@ def pool_files(self: Run) -> dict[str, str]:
 def inputs(self: Run) -> dict[str, Any]:
     """What the training depends on, in plain values: the key, the stages written out, layers, data and their content, recipe and base model."""
     parts = self.study.model_dump(mode="json", include={"layers", "data", "train"})
-    method = self.method.model_dump(mode="json", include={"start", "stages", "items", "languages", "temperature"}) | {"languages": self.training_languages, "prefix": self.method.ask.prefix}
+    method = self.method.model_dump(mode="json", include={"start", "stages", "items", "weights", "languages", "temperature"}) | {"languages": self.training_languages, "prefix": self.method.ask.prefix}
     base = self.study.models[self.model].model_dump(mode="json")
     files = self.data_files | contents([project_root() / launch] if (launch := self.study.train.launch) else [])
     inputs = self.key | {"lang": self.training_lang, "training": method, "base": base} | parts | {"recipes": self._recipe_options, "files": files}
@@ -420,11 +451,17 @@ def inputs(self: Run) -> dict[str, Any]:
 
 
 @patch(as_prop=True)
+def needs_sha256(self: Run) -> dict[str, str]:
+    """The content of the models of the runs that it needs, besides the one that it starts from."""
+    return {name: digest(run.trained) for name, run in self.needs.items() if name != self.method.start}
+
+
+@patch(as_prop=True)
 def checkpoints(self: Run) -> Path:
     """Where the training keeps what it needs to go on after an interruption: another folder as soon as an input, the code or a library changes."""
     layers = self.layers_file.read_text(encoding="utf-8") if self.method.supervisions else ""
     code = project_root() / PACKAGE / "training.py"
-    made_from = [json.dumps(self.inputs, sort_keys=True), layers, digest(self.recipe_rows), digest(self.selected_rows), digest(self.start_model)]
+    made_from = [json.dumps(self.inputs, sort_keys=True), layers, digest(self.recipe_rows), digest(self.selected_rows), digest(self.start_model), *self.needs_sha256.values()]
     key = json_digest([*made_from, made_by(code) if code.is_file() else version(PACKAGE), versions()])
     return self.training_folder / f"checkpoints-{key[:8]}"
 
@@ -473,10 +510,11 @@ def require_base(self: Run) -> None:
 
 @patch
 def require_inputs(self: Run) -> None:
-    """Make sure that all is there that the training starts from: the base model or the run before, the critical layers, the rows of recipes."""
+    """Make sure that all is there that the training starts from: the base model, the models of other runs, the critical layers, the rows of recipes."""
     self.require_base()
-    if self.start:
-        self.start.require("train", self.start.trained)
+    for run in self.needs.values():
+        run.require_base()
+        run.require(run.maker, run.trained)
     if self.method.supervisions:
         self.require("select_layers", self.layers_file)
     if self.method.recipes:
@@ -511,10 +549,10 @@ def check_inputs(self: Run) -> None:
 def check_trained(self: Run) -> None:
     """Refuse a model that is not as it was saved, or that was trained from other inputs or another start. Raises `ParamsError`, one line."""
     check_intact(self.trained)
-    if self.method.stages and (record := Path(self.trained) / "provenance.json").is_file():
+    if self.method.made and (record := Path(self.trained) / "provenance.json").is_file():
         told = json.loads(record.read_text(encoding="utf-8"))
         check_made_from(self.trained, told.get("inputs", {}), **self.inputs)
-        check_made_from(self.trained, told, **({"base_sha256": sha} if (sha := digest(self.start_model)) else {}))
+        check_made_from(self.trained, told, **({"base_sha256": sha} if (sha := digest(self.start_model)) else {}), **({"needs_sha256": shas} if (shas := self.needs_sha256) else {}))
 
 # %% ../nbs/10_study.ipynb #9cc6be95
 class Recipe(NamedTuple):
@@ -556,13 +594,25 @@ def num_hidden_layers(study: Study, model: str) -> int | None:
     return json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers") if config.is_file() else None
 
 
+def _kept(study: Study, method: Method) -> int:
+    """Of how many layers of the base one is kept where a method starts."""
+    if isinstance(method.start, KeptLayers):
+        return method.start.layers
+    return _kept(study, study.method(method.start)) if method.start else 1
+
+
 def _check_layers(study: Study, file: str) -> None:
     """Refuse a fixed layer above the last one of a model whose depth is known."""
-    fixed = {} if isinstance(study.layers, str) else {"layers.i": study.layers.i, "layers.j": study.layers.j}
+    fixed = {} if isinstance(study.layers, str) else {("layers.i", 1): study.layers.i, ("layers.j", 1): study.layers.j}
     for m in study.every_method.values():
-        fixed |= {f"methods.{m.name}.{s.stage}.layer": s.layer for s in m.supervisions if isinstance(s.layer, int)}
+        kept = _kept(study, m)
+        if kept > 1 and any(isinstance(s.layer, str) for s in m.supervisions):
+            raise ParamsError(f"{file}: methods.{m.name}: the critical layers i and j are those of the whole base, and it starts from a part of its layers; give their numbers")
+        fixed |= {(f"methods.{m.name}.{s.stage}.layer", kept): s.layer for s in m.supervisions if isinstance(s.layer, int)}
+        ranges = [stage.trainable.bounds for stage in m.stages if isinstance(stage.trainable, TrainedLayers)]
+        fixed |= {(f"methods.{m.name}.trainable.layers", kept): last or first for first, last in ranges}
     for model in study.models:
         top = num_hidden_layers(study, model)
-        for field, layer in fixed.items():
-            if top is not None and layer > top:
-                raise ParamsError(f"{file}: {field} = {layer}: {model} has layers 1 to {top}; choose one of them")
+        for (field, kept), layer in fixed.items():
+            if top is not None and layer > top // kept:
+                raise ParamsError(f"{file}: {field} = {layer}: {model} has layers 1 to {top // kept}; choose one of them")

@@ -33,11 +33,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .backbone import LOGITS_PER_CHUNK, find_backbone
 from .balance import is_balanced, term_names, weighted
-from .data import RowLimits, TokenizedExample, collate, pad_inside
+from .data import RowLimits, TokenizedExample, collate, pad_inside, padded
 from .files import ParamsError, first_wrong_weight
-from .losses import LOSSES, TFT, ForwardPass, LossPath, active, branches_of, combine, loss_counts, loss_sums, term_gradient_norms, terms_of
+from .losses import TFT, ForwardPass, LossPath, Term, active, branches_of, combine, loss_counts, loss_sums, reported, term_gradient_norms, terms_of
 from .methods import Supervision
 from .not_finite import NotFinite, culprits, example_names, in_words, keep
+from .teacher import TEACHER
+from .trainable import depths, mean_change, split_by_depth
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,11 @@ def row_limits(supervisions: Sequence[Supervision], *longest: int | None, vocab_
 
 
 def _collate_rows(rows: list[dict[str, list[int]]], pad_token_id: int, limits: RowLimits) -> dict[str, Tensor]:
-    return collate([limits.cut(row) for row in rows], pad_token_id)
+    batch = collate([limits.cut(row) for row in rows], pad_token_id)
+    if TEACHER in rows[0]:
+        ids, mask = padded([row[TEACHER] for row in rows], pad_token_id)
+        batch |= {TEACHER: ids, f"{TEACHER}_mask": mask.bool()}
+    return batch
 
 # %% ../nbs/19_trainer.ipynb #eb0fb792
 def _with_prompts(rows: list[dict[str, list[int]]], collator: Callable, name: str) -> dict[str, Tensor]:
@@ -198,8 +204,8 @@ class Answers(TFT):
 class DSFTTrainer(Trainer):
     """`transformers.Trainer` whose loss is L_TFT + Σ λ_s L_s of `supervisions`; with none of them it is plain fine-tuning.
 
-    Datasets have the columns x_tgt, y_tgt, x_en, y_en (lists of token ids), of which x_en and y_en are read with supervisions only;
-    further columns are ignored. x_tgt is read whole, what follows it is cut to `max_length` and the positions of the model. Logs
+    Datasets have the columns x_tgt, y_tgt, x_en, y_en (lists of token ids), of which x_en and y_en are read with supervisions only, and x_teacher where
+    a teacher has prompts of its own; further columns are ignored. x_tgt is read whole, what follows it is cut to `max_length` and the positions of the model. Logs
     `loss_tft`, `loss_lc` and `loss_et` beside `loss`: in training the means over the steps since the last log, in evaluation
     (`eval_...`) those over the whole evaluation set. A stage with several supervisions logs the sum of theirs, before weighting; one
     with none logs 0. `clipped` is the share of the steps since the last log whose gradient was longer than `max_grad_norm`. With
@@ -222,11 +228,15 @@ class DSFTTrainer(Trainer):
         data_collator: Callable | None = None,  # default: collate with the tokenizer's pad token
         processing_class: Any = None,  # the tokenizer; saved with the model
         max_length: int | None = None,  # tokens of x_tgt and what follows it, besides the limit of the model
+        terms: Sequence[Term] = (),  # more losses, such as those against a teacher (dsft.teacher)
+        layer_decay: float = 1.0,  # γ: layer l of L learns at γ^(L - l) times the learning rate, see dsft.trainable.depths
+        l1: float = 0.0,  # times the mean |θ - θ_start| over the trainable parameters, added to the loss in training
         gradient_norm_steps: int = 0,  # log the norm of each loss's gradient every so many steps, where there are supervisions; 0: never
         **kwargs: Any,  # as for transformers.Trainer
     ):
         self.asked, self.path, self.max_length, self._collates = tuple(supervisions), path, max_length, data_collator is None
         self.gradient_norm_steps, self._step_batches = gradient_norm_steps, []
+        self.more_terms, self.layer_decay, self.l1 = tuple(terms), layer_decay, l1
         if model is not None:  # before anything is moved or written
             active(self.asked, find_backbone(model))
         if args is not None:
@@ -235,6 +245,7 @@ class DSFTTrainer(Trainer):
         _refuse_fallback(self.accelerator, self.args)
         _refuse_engine(self.accelerator)
         _refuse_sharded_balance(self.accelerator, self.asked)
+        self._start = [(p, p.detach().clone()) for p in self.model.parameters() if p.requires_grad] if l1 else []
         self.label_names = ["y_tgt"]  # tells the Trainer that an evaluation has a loss
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` says, for older versions of transformers
         self._begin_means()
@@ -250,6 +261,14 @@ class DSFTTrainer(Trainer):
         if hasattr(self, "terms"):  # not yet while the Trainer is made
             self._serve(model)
         return model
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As ever, but with a group of parameters for each depth where the learning rate decays with it."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self.layer_decay != 1:
+            split_by_depth(optimizer, depths(find_backbone(self.model if model is None else model)), self.layer_decay)
+        return optimizer
 
     def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
         _refuse_bypassed(self.args, self.asked, self.compute_loss_func)  # a search over hyperparameters may have changed them
@@ -289,7 +308,7 @@ class DSFTTrainer(Trainer):
             self._stop(dataloader, dataloader.dataset, f"{metric_key_prefix} after step {self.state.global_step}", "losses not finite")
         losses = combine(sums, counts, self.terms)
         output.metrics[f"{metric_key_prefix}_loss"] = float(losses["loss"])
-        output.metrics.update({f"{metric_key_prefix}_loss_{name}": float(losses[name]) for name in LOSSES})
+        output.metrics.update({f"{metric_key_prefix}_loss_{name}": float(losses[name]) for name in reported(self.terms)})
         return output
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -307,7 +326,7 @@ class DSFTTrainer(Trainer):
 # %% ../nbs/19_trainer.ipynb #63b26ea9
 @patch
 def _begin_means(self: DSFTTrainer) -> None:
-    self._means, self._clipped = (RunningMeans(names, self.args.device) for names in (LOSSES, ("clipped",)))
+    self._means, self._clipped = (RunningMeans(names, self.args.device) for names in (reported(self.more_terms), ("clipped",)))
 
 
 @patch
@@ -315,7 +334,7 @@ def _serve(self: DSFTTrainer, model: torch.nn.Module) -> None:
     """Take the terms and the limits of rows from a model: the one that was given, or each that `model_init` makes."""
     backbone = find_backbone(model)
     self.supervisions = active(self.asked, backbone)
-    self.terms = terms_of(self.supervisions, backbone.num_hidden_layers)
+    self.terms = [*terms_of(self.supervisions, backbone.num_hidden_layers), *self.more_terms]
     self._num_parameters = backbone.lm_model.num_parameters(exclude_embeddings=True)
     self.limits = row_limits(self.supervisions, self.max_length, backbone.max_positions, vocab_size=backbone.vocab_size)
     if isinstance(self.processing_class, PreTrainedTokenizerBase):
@@ -325,7 +344,7 @@ def _serve(self: DSFTTrainer, model: torch.nn.Module) -> None:
         self.data_collator = partial(_collate_rows, pad_token_id=pad_token_id, limits=self.limits)
     if "inputs" in self.args.include_for_metrics:
         self.data_collator = partial(_with_prompts, collator=self.data_collator, name=getattr(model, "main_input_name", "input_ids"))
-    self._signature_columns = list(self.limits.fields if self._collates else TokenizedExample._fields)  # the columns that the Trainer keeps
+    self._signature_columns = [*(self.limits.fields if self._collates else TokenizedExample._fields), TEACHER]  # the columns that the Trainer keeps
 
 # %% ../nbs/19_trainer.ipynb #2abf906d
 @cache
@@ -382,6 +401,8 @@ def compute_loss(self: DSFTTrainer, model, inputs, return_outputs=False, num_ite
     outputs = combine(sums * self.accelerator.num_processes, num_items_in_batch, self.terms)
     if self.is_in_train and model.training:
         self._means.add(outputs, 1 / self.current_gradient_accumulation_steps)
+        if self._start:
+            outputs["loss"] = outputs["loss"] + self.l1 * mean_change(self._start) / self.current_gradient_accumulation_steps
     return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 # %% ../nbs/19_trainer.ipynb #6c5dcbc5
@@ -453,7 +474,7 @@ def _require_finite(self: DSFTTrainer, norm: Any) -> None:
     norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
     *losses, gradient = torch.cat([self._means.sums, norm.reshape(1).to(self._means.sums)]).tolist()
     if not all(map(isfinite, losses)) or not (isfinite(gradient) or self._scale_can_fall()):
-        spoilt = [name for name, value in zip(LOSSES, losses) if not isfinite(value)]
+        spoilt = [name for name, value in zip(self._means.names, losses) if not isfinite(value)]
         what = f"{', '.join(spoilt)} not finite" if spoilt else f"the norm of the gradient is {gradient}"
         self._stop(self._step_batches, self.train_dataset, f"step {self.state.global_step + 1}", what)
     self._clipped.add({"clipped": torch.tensor(0 < self.args.max_grad_norm < gradient)}, 1)

@@ -28,16 +28,20 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from .backbone import max_positions
-from .data import parallel_pairs, pattern_rows, rows_digest, tokenize
+from .data import parallel_pairs, pattern_rows, prompt_ids, rows_digest, tokenize
 from .files import ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance
 from .files import read_rows, replacing, seal, write_json, write_jsonl, writing
-from .methods import Lora, Part, Pattern, Stage
+from .losses import Term
+from .methods import KeptLayers, Part, Pattern, Stage
 from .precision import dtype_here
 from .prompts import TEMPLATES
 from .rows import beside, sampled
 from .settings import one_line
 from .study import Recipe, Run, Study, load_study
+from .teacher import TEACHER, teacher_terms
+from .trainable import prepare
 from .trainer import DSFTTrainer, row_limits
+from .weights import save_start
 
 # %% ../nbs/20_training.ipynb #0486aef7
 RECIPES = {
@@ -112,12 +116,22 @@ def _selected(run: Run, stage: Stage, rows: list[dict[str, str]]) -> list[dict[s
         raise ParamsError(f"{run.selected_rows}: {len(chosen) - len(found)} of its rows are not among those of the data; delete it to have it made again")
     return found
 
+# %% ../nbs/20_training.ipynb #69d42a7d
+def _add_teacher_prompts(rows: list[dict[str, Any]], taught: Sequence[dict[str, str]], patterns: int) -> None:
+    """Give each row the prompt x of the teacher's row `taught` of the same example, None where there is none or its y is another. Rows of pattern n have "-n" behind their id."""
+    of_example = {f"{row['id']}-{n}" if n else row["id"]: row for n in range(patterns) for row in taught}
+    for row in rows:
+        other = of_example.get(row["id"])
+        row[TEACHER] = other["x_tgt"] if other and other["y_tgt"] == row["y_tgt"] else None
+
 # %% ../nbs/20_training.ipynb #4c6b4e02
 def training_rows(run: Run, stage: Stage) -> tuple[Dataset, dict[str, Any]]:
     """The text rows that a stage of a run trains on, columns `COLUMNS`, and the report on what was read, checked and dropped."""
     rows, report = [], {}
     if patterns := [row for row in stage.rows if not row.recipe]:
         rows, report = (_rows_of_several if len(run.training_languages) > 1 else _rows_of_one)(run, patterns, run.training_lang)
+        if stage.teacher and stage.teacher.rows:
+            _add_teacher_prompts(rows, _rows_of_one(run, [stage.teacher.rows], run.training_lang)[0], len(patterns))
     if stage.select:
         rows = _selected(run, stage, rows)
     for row in stage.rows:
@@ -144,6 +158,17 @@ def _tokens_trained(run: Run, stage: Stage, examples: Dataset, fields: Sequence[
     return round(once * epochs)
 
 
+def _with_teacher_ids(examples: Dataset, tokenizer: PreTrainedTokenizerBase, longest: int, report: dict[str, Any]) -> Dataset:
+    """The teacher's prompts as token ids, none where it has no prompt or no room for the answer. Raises `ParamsError` when it has nothing to say."""
+    prompts, answers = examples[TEACHER][:], examples["y_tgt"]
+    ids = prompt_ids(tokenizer, [prompt or "" for prompt in prompts])
+    fits = [prompt is not None and len(x) + len(y) <= longest for prompt, x, y in zip(prompts, ids, answers)]
+    report["tokens"]["rows with a teacher"] = sum(fits)
+    if not any(fits):
+        raise ParamsError("teacher.rows: of no row of the stage do they say the same answer; take a pattern with the output of the stage's rows")
+    return examples.remove_columns(TEACHER).add_column(TEACHER, [x if fit else [] for x, fit in zip(ids, fits)])
+
+
 def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> tuple[Dataset, Dataset]:
     """The rows that a stage trains on, as text and as token ids; writes data_report.json into the run's training folder.
 
@@ -152,7 +177,9 @@ def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, nu
     (rows, report), longest = training_rows(run, stage), row_length(run)
     by_model = longest < run.study.data.max_length
     bound, remedy = (f"models.{run.model}: {longest} positions", "take a longer model") if by_model else (f"data.max_length = {longest}", "raise it")
-    examples = tokenize(rows, tokenizer, longest, keep=("id",), report=report)
+    examples = tokenize(rows, tokenizer, longest, keep=tuple(name for name in ("id", TEACHER) if name in rows.column_names), report=report)
+    if TEACHER in rows.column_names:
+        examples = _with_teacher_ids(examples, tokenizer, longest, report)
     limits = row_limits(stage.supervisions, longest)
     report["tokens"]["branches cut"] = limits.check(examples)
     report["tokens"]["trained"] = _tokens_trained(run, stage, examples, limits.fields)
@@ -239,25 +266,31 @@ def training_arguments(run: Run, stage: Stage, number: int = 1) -> TrainingArgum
     )
 
 # %% ../nbs/20_training.ipynb #918dc360
-def _with_adapters(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
-    """The model with low-rank adapters on all linear layers, which alone are trained."""
-    from peft import LoraConfig, get_peft_model  # an optional dependency
-
-    low_rank = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **low_rank))
-
-
 def _note_origin(run: Run, rows: Dataset, folders: Sequence[str], number: int) -> None:
     """Write down what a stage is trained on, beside its checkpoints. Raises `ParamsError` when an input has been edited since `folders` were named after them."""
     if not all(Path(folder).is_relative_to(run.checkpoints) for folder in folders):
         raise ParamsError(f"{run.training_folder}: an input was edited while this training went on; start it again")
     if PartialState().is_main_process:
-        origin = {"inputs": run.inputs, "base_sha256": digest(run.start_model), "data_sha256": rows_digest(rows)}
+        needs = {"needs_sha256": run.needs_sha256} if run.needs_sha256 else {}
+        origin = {"inputs": run.inputs, "base_sha256": digest(run.start_model), "data_sha256": rows_digest(rows)} | needs
         write_json(run.checkpoints / f"stage{number}-origin.json", origin)
 
 
-def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrainer:
-    """Train one stage from the model `start`, a folder or a name on the hub, from its last complete checkpoint if there is one."""
+def _lessons(run: Run, stage: Stage, student: PreTrainedModel) -> list[Term]:
+    """The losses against the stage's teacher, none without one."""
+    if not (stage.teacher and stage.teacher.teaches):
+        return []
+    name = run.base if stage.teacher.run == "base" else run.needs[stage.teacher.run].trained
+    check_intact(name)
+    dtype = torch.bfloat16 if run.study.train.bf16 else torch.float32
+    return teacher_terms(stage.teacher, load_model(AutoModelForCausalLM, name, f"models.{run.model}.path", dtype=dtype), student)
+
+
+def train_stage(run: Run, stage: Stage, start: str, number: int = 1, full: str | None = None) -> DSFTTrainer:
+    """Train one stage from the model `start`, a folder or a name on the hub, from its last complete checkpoint if there is one.
+
+    `full` is for a stage that rewinds: what the pass before made of `start`.
+    """
     recipe = run.study.train
     arguments = training_arguments(run, stage, number)  # joins the other processes: only then does FSDP let the first one alone read the weights
     set_seed(run.seed)
@@ -266,15 +299,15 @@ def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrai
     with from_hub(start, "model", field):
         tokenizer = AutoTokenizer.from_pretrained(start)
     model = load_model(AutoModelForCausalLM, start, field, dtype=torch.float32)
-    if stage.trainable != "all":
-        model = _with_adapters(model, stage.trainable)
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     with arguments.main_process_first(desc="data"):  # what it tokenised the others find in the cache
         rows, examples = training_data(run, stage, tokenizer, number)
-    _note_origin(run, rows, [arguments.output_dir, *([start] if number > 1 else [])], number)
+    model = prepare(stage.trainable, model, examples, full)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _note_origin(run, rows, [arguments.output_dir, *({start, full} - {run.start_model, None})], number)
+    special = {"terms": _lessons(run, stage, model), "layer_decay": getattr(stage.trainable, "decay", 1.0), "l1": getattr(stage.trainable, "l1", 0.0)}
     data = {"train_dataset": examples, "processing_class": tokenizer, "max_length": row_length(run), "gradient_norm_steps": recipe.gradient_norm_steps}
-    trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **data)
+    trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **special, **data)
     with writing(arguments.output_dir):
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     return trainer
@@ -314,19 +347,30 @@ def _leave_stage(done: Path, trainer: DSFTTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 # %% ../nbs/20_training.ipynb #229fef3d
+def _first_model(run: Run) -> str:
+    """The model that the first stage starts from; one that keeps a part of the base's layers is written beside the checkpoints."""
+    if not isinstance(run.method.start, KeptLayers):
+        return run.start_model
+    kept = run.checkpoints / "start"
+    with PartialState().main_process_first():
+        if not kept.exists():
+            save_start(run, kept)
+    return str(kept)
+
+
 def fine_tune(run: Run) -> DSFTTrainer:
     """Train the stages of a run, each from its last complete checkpoint if there is one; returns the last one's trainer, its model not saved yet."""
-    start, checkpoints = run.start_model, run.checkpoints
+    models, checkpoints = [_first_model(run)], run.checkpoints  # the start, and what each stage leaves
     *before, last = enumerate(run.stages, 1)
+    train = lambda number, stage: train_stage(run, stage, models[-2 if stage.rewinds else -1], number, models[-1] if stage.rewinds else None)
     for number, stage in before:
         done = checkpoints / f"stage{number}-model"
         if done.exists():
             training_data(run, stage, AutoTokenizer.from_pretrained(done), number)  # for its part of the report
         else:
-            _leave_stage(done, train_stage(run, stage, start, number))
-        start = str(done)
-    number, stage = last
-    return train_stage(run, stage, start, number)
+            _leave_stage(done, train(number, stage))
+        models.append(str(done))
+    return train(*last)
 
 # %% ../nbs/20_training.ipynb #3135e084
 def save_training(run: Run, trainer: DSFTTrainer, started: float, command: str) -> None:
