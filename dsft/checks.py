@@ -36,6 +36,7 @@ def absent_files(study: Study) -> dict[str, str]:
     needed = {f"data.files.{lang}": table.path for lang, table in study.data.files.items() if table.path}
     needed |= {f"models.{name}.gguf": model.gguf for name, model in study.models.items() if model.gguf and not Path(study.source(name)).exists()}
     if study.data.source == "files":
+        needed |= _named_paths({"text": study.data.text, "dictionaries": study.data.dictionaries}, "data")
         needed |= _named_paths({recipe: study.recipes.get(recipe, {}) for method in study.every_method.values() for recipe in method.recipes}, "recipes")
     return {field: path for field, path in needed.items() if not located(path, field).is_file()}
 

@@ -314,7 +314,7 @@ class Teacher(Part):
         """Whether it adds anything to the loss."""
         return bool(self.weight or self.hidden)
 
-# %% ../nbs/02_methods.ipynb #ab4f43c5
+# %% ../nbs/02_methods.ipynb #24471493
 class Select(Part):
     """Which part of a stage's rows is trained on."""
 
@@ -364,7 +364,7 @@ class Stage(Part):
         """The same stage with the critical layers of a model filled in."""
         return self.model_copy(update={"supervisions": tuple(s.at(i, j) for s in self.supervisions)})
 
-# %% ../nbs/02_methods.ipynb #30987f5d
+# %% ../nbs/02_methods.ipynb #bf011872
 class Shots(Part):
     """Examples in prompts: training examples, never items of a benchmark."""
 
@@ -405,7 +405,7 @@ class KeptLayers(Part):
 
     layers: int = Field(ge=2)  # k: layer n of the model is the base's layer k · n
 
-# %% ../nbs/02_methods.ipynb #e2ef5b41
+# %% ../nbs/02_methods.ipynb #ef20cd1f
 Languages = Literal["all"] | Annotated[tuple[str, ...], Field(min_length=1)]
 
 # %% ../nbs/02_methods.ipynb #41028696
@@ -473,7 +473,7 @@ def recipes(self: Method) -> tuple[str, ...]:
     """The recipes that make rows for it."""
     return tuple(dict.fromkeys(recipe for stage in self.stages for recipe in stage.recipes))
 
-# %% ../nbs/02_methods.ipynb #0a5142cc
+# %% ../nbs/02_methods.ipynb #8b9843bc
 @patch(as_prop=True)
 def selects(self: Method) -> bool:
     """Whether any of its stages trains on a selection of its rows."""
@@ -486,20 +486,20 @@ def english_only(self: Method) -> bool:
     rows = [row for stage in self.stages for row in (*stage.rows, *([stage.teacher.rows] if stage.teacher and stage.teacher.rows else []))]
     return not self.supervisions and all(row.english_only for row in rows)
 
-# %% ../nbs/02_methods.ipynb #acaf2df0
+# %% ../nbs/02_methods.ipynb #546c4c08
 @patch
-def holds(self: Method, field: Literal["text", "dictionaries"]) -> bool:
+def reads(self: Method, field: Literal["text", "dictionaries"]) -> bool:
     """Whether its rows hold plain text, or words of a dictionary, which the study's `data` name."""
     named = {"text": "text", "dictionaries": "switched"}[field]
     return any(named in row.fields for stage in self.stages for row in stage.rows)
 
-# %% ../nbs/02_methods.ipynb #d9861519
+# %% ../nbs/02_methods.ipynb #bca9a02d
 @patch(as_prop=True)
 def resources(self: Method) -> tuple[str, ...]:
     """What it has besides the parallel examples and the base, in words; of a recipe it is what that says (dsft.study.Recipe)."""
     told = {
-        "text": self.holds("text"),
-        "dictionary": self.holds("dictionaries"),
+        "text": self.reads("text"),
+        "dictionary": self.reads("dictionaries"),
         "other languages": bool(self.languages) or bool(self.ask.shots and self.ask.shots.languages == "others"),
         "English in prompts": self.ask.words == "en",
         "examples in prompts": bool(self.ask.shots),

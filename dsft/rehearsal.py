@@ -257,6 +257,10 @@ def _first_rows(study: Study) -> dict[str, list[dict[str, Any]]]:
 def rehearse_data(study: Study, folder: Path, online: bool, tell: Tell) -> dict[str, Any]:
     """The fields of the data that change."""
     data, items = study.data, {"items": STEPS * ITEMS, "held_out": min(study.data.held_out, ITEMS)}
+    for field in ("text", "dictionaries"):
+        if absent := [lang for lang, path in getattr(data, field).items() if not (project_root() / path).is_file()]:
+            items[field] = getattr(data, field) | {lang: _option_file(field, lang, folder) for lang in absent}
+            tell(f"data.{field}: made-up files for {', '.join(absent)}")
     hub = [table.shown for table in data.files.values() if table.hub]
     absent = [table.path for table in data.files.values() if table.path and not (project_root() / table.path).is_file()]
     if not (hub or absent):
@@ -292,11 +296,13 @@ def _write_text(file: Path, lines: Sequence[str]) -> str:
 
 
 def _option_file(option: str, lang: str, folder: Path) -> str | list[str]:
-    """Write the file, or the two, that stand in for what an option of a recipe names in one language."""
+    """Write the file, or the two, that stand in for what an option of a recipe, or of the data, names in one language."""
     if option == "sentences":
         return [_write_text(folder / f"sentences-{side}-{lang}.txt", [sentence(side, n) for n in range(ROWS)]) for side in ("en", lang)]
     if option == "translations":
         return _write_text(folder / f"translations-{lang}.jsonl", [json.dumps({"en": sentence("en", n + 100), "translation": sentence(lang, n + 100)}, ensure_ascii=False) for n in range(ROWS)])
+    if option == "text":
+        return _write_text(folder / f"text-{lang}.txt", [sentence(lang, n) for n in range(ROWS)])
     words = [(place("en", n), place(lang, n)) for n in range(len(_CODES)) if " " not in place("en", n)]
     return _write_text(folder / f"en-{lang}.txt", [f"{word.lower()}\t{said}" for word, said in words])
 

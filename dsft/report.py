@@ -395,7 +395,7 @@ def _variation(method: Method, stem: Style) -> Iterator[Style]:
 def styles(methods: Iterable[Method]) -> dict[str, Style]:
     """Name -> style of methods: those of `STYLES`, and for all others one that no method here has."""
     drawn: dict[str, Style] = {}
-    for method in sorted(methods, key=lambda m: (m.name not in STYLES, m.stem != m.name)):
+    for method in sorted(methods, key=lambda m: (m.name not in STYLES, m.stem != m.name, m.name in METHODS)):  # a study's own choose before the other systems
         stem = drawn.get(method.stem) or STYLES.get(method.stem) or next(_other(method.stem))
         of_its_own = [STYLES[method.name]] if method.name in STYLES else _other(method.name)
         may_have = of_its_own if method.stem == method.name else _variation(method, stem)

@@ -111,7 +111,7 @@ class Study(Part):
             if method.languages and (missing := [lang for lang in languages if lang not in known or base_code(lang) == "en"]):
                 raise ValueError(f"methods.{method.name}: languages: {missing[0]} has no data as a target language; it is there for {', '.join(k for k in known if k != 'en')}")
             for field, named in (("text", self.data.text), ("dictionaries", self.data.dictionaries)) if self.data.source == "files" else ():
-                if method.holds(field) and (missing := [lang for lang in languages if nearest(lang, named) is None]):
+                if method.reads(field) and (missing := [lang for lang in languages if nearest(lang, named) is None]):
                     raise ValueError(f"data.{field}: none for {missing[0]}, which the rows of {method.name} need; name a file, or leave the method out")
         return self
 
@@ -428,11 +428,11 @@ def data_files(self: Run) -> dict[str, str]:
     named = [path for options in self._recipe_options.values() for path in files_named_in(options, self.training_lang, self.study.languages)]
     data = self.study.data
     for field, given in (("text", data.text), ("dictionaries", data.dictionaries)):
-        if self.method.holds(field):
+        if self.method.reads(field):
             named += [located(given[known]) for lang in self.training_languages if (known := nearest(lang, given))]
     return contents([*(path for lang in self.training_languages for path in self.study.data_files(lang)), *named])
 
-# %% ../nbs/10_study.ipynb #0b355999
+# %% ../nbs/10_study.ipynb #af72c558
 @patch(as_prop=True)
 def pool_files(self: Run) -> dict[str, str]:
     """The content of the files that rows are selected from: the data of every language of the study, since all train on the same examples, and its own."""

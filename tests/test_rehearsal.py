@@ -35,7 +35,7 @@ def rehearse(project: Path, name: str) -> str:
 
 
 SIZES = {  # what may differ
-    "data": {"items", "files", "held_out"},
+    "data": {"items", "files", "held_out", "text", "dictionaries"},
     "train": {"max_steps", "batch_size", "per_device_batch_size", "logging_steps", "save_steps", "launch"},
     "evaluation": {"items", "batch_size", "max_new_tokens", "max_translation_tokens", "device", "source", "data_dir", "facts"},
 }
