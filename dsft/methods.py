@@ -76,14 +76,15 @@ class Supervision:
     """
 
     stage: Literal["lc", "et"]  # language conversion or English thinking
-    kind: Literal["logits", "feature"]  # decode English tokens at the layer, or pull the pooled states together
+    kind: Literal["logits", "feature", "contrastive"]  # decode English tokens at the layer, pull the pooled states together, or closer together than those of other examples
     layer: Literal["i", "j"] | Annotated[int, Field(ge=1)]  # where it acts
     weight: LossWeight = 1.0  # λ of this loss in the total
     alignment: Literal["teacher_forced", "positional"] = "teacher_forced"  # logits: read the English tokens after x_tgt, or predict them at its own positions
-    pooling: Literal["mean", "last"] = "mean"  # feature: how a query becomes one vector
+    pooling: Literal["mean", "last"] = "mean"  # feature, contrastive: how a query becomes one vector
     final_norm: bool = True  # logits: apply the model's final norm (and final soft-cap) before W_out
     update_head: bool = False  # logits: let this loss train W_out and the final norm
-    english_gradient: bool = False  # feature: let the gradient flow through the English branch
+    english_gradient: bool = False  # feature, contrastive: let the gradient flow through the English branch
+    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)  # contrastive: τ, by which the cosines are divided
     update_embeddings: bool = True  # let this loss train the input embeddings; where they are tied to W_out, they move it
 
     def at(self, i: int, j: int) -> "Supervision":
@@ -175,18 +176,23 @@ Rows = Annotated[tuple[Pattern, ...], BeforeValidator(_read_rows), Field(min_len
 class TrainedLayers(Part):
     """A range of layers is trained, the others are frozen: the embeddings with the first layer, the final norm and the head with the last."""
 
-    layers: str = Field(pattern=r"^(\d+-\d*|-\d+)$")  # "3-", "-2" or "2-5", counted from 1
+    layers: str = Field(pattern=r"^(\d+%?-(\d+%?)?|-\d+%?)$")  # "3-", "-2" or "2-5", counted from 1; "50%-" is the upper half, "-50%" the lower one
+
+    def bounds(self, num_hidden_layers: int) -> tuple[int, int]:
+        """The first trained layer of a model of so many layers, and the last one."""
+        part = lambda text: int(text[:-1]) * num_hidden_layers // 100 if text.endswith("%") else int(text)
+        first, last = self.layers.split("-")
+        return part(first) + first.endswith("%") if first else 1, part(last) if last else num_hidden_layers
 
     @property
-    def bounds(self) -> tuple[int, int | None]:
-        """The first trained layer and the last one; None: the model's last."""
-        first, last = self.layers.split("-")
-        return int(first or 1), int(last) if last else None
+    def highest(self) -> int:
+        """The highest layer that it names by its number, 0 without any."""
+        return max((int(name) for name in self.layers.split("-") if name.isdigit()), default=0)
 
     @model_validator(mode="after")
     def _in_order(self):
-        first, last = self.bounds
-        if first < 1 or (last is not None and last < first):
+        first, last = self.bounds(max(100, self.highest))
+        if first < 1 or last < first:
             raise ValueError(f"layers = {self.layers!r} is no range; give the first and the last one, counted from 1")
         return self
 
@@ -416,6 +422,9 @@ def _supervised(name: str, kind: str, *stages: str, weight: float | Weight = 1.0
     return Method(name=name, stages=(Stage(supervisions=supervisions),))
 
 
+_PAIRED = {"instruction": "{i_en} {n_en}", "input": "{i_tgt} {n_tgt}", "output": "{o_tgt}"}
+_AFP = {"stage": "lc", "kind": "contrastive", "layer": 1, "weight": 2 / 3, "pooling": "last", "english_gradient": True, "temperature": 0.05}
+
 METHODS = {
     m.name: m
     for m in (
@@ -433,8 +442,29 @@ METHODS = {
         _supervised("dsft_logits_balanced", "logits", "lc", "et", weight=Weight(value="balanced", share=0.5)),
         _supervised("dsft_feature_balanced", "feature", "lc", "et", weight=Weight(value="balanced", share=0.5)),
         _supervised("dsft_logits_decay", "logits", "lc", "et", weight=Weight(schedule="linear")),
+        # Other systems of the field, each in the terms above. Which weights are trained:
+        Method(name="lora", title="LoRA", stages=[{"trainable": {"lora": {"r": 16, "lora_alpha": 32}}}]),  # LoRA on translated Alpaca, as many chatbots are made (Hu et al., ICLR 2022)
+        Method(name="corda", title="CorDA", stages=[{"trainable": {"lora": {"r": 32, "lora_alpha": 32, "init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}}}]),  # Yang et al., NeurIPS 2024, who take r = 128
+        Method(name="frozen", title="frozen", stages=[{"trainable": {"layers": "25%-"}}]),  # lower layers frozen, as in studies of stable fine-tuning of biomedical models (Tinn et al. 2023)
+        Method(name="decay", title="decay", stages=[{"trainable": {"decay": 0.8}}]),  # layer-wise learning rates (the same; Howard and Ruder, ACL 2018)
+        Method(name="sixt", title="SixT+", stages=[{"trainable": {"layers": "50%-"}}, {}]),  # upper layers, then all (Chen et al., ACL 2022)
+        Method(name="tokens", title="tokens", stages=[{"trainable": {"tokens": 10}}]),  # few embeddings, as canonical examples change few senses (Hewitt et al. 2024)
+        Method(name="ltsft_lang", title="LT-SFT-language", stages=[{"rows": [{"output": "{i_tgt} {n_tgt} {o_tgt}"}], "trainable": {"sparse": 0.04, "l1": 0.1}}]),
+        Method(name="ltsft_task", title="LT-SFT-task", stages=[{"rows": ["en"], "trainable": {"sparse": 0.05}}]),
+        # What is added without training:
+        Method(name="ltsft", title="LT-SFT", weights={"ltsft_lang": 1, "ltsft_task": 1}),  # composable sparse fine-tuning (Ansell et al., ACL 2022)
+        Method(name="transfer", title="transfer", weights={"old-base/tft": 1}),  # fine-tuning transfer between versions of a base (Lin et al. 2025); the study has a model old-base
+        # Who teaches:
+        Method(name="fused", title="FILTER-teacher", stages=[{"rows": [_PAIRED, "en"]}]),  # reads the question in both languages, when it is asked too
+        Method(name="filter", title="FILTER", stages=[{"rows": ["tgt", "en"], "teacher": {"run": "fused", "rows": _PAIRED, "weight": 0.5, "temperature": 2}}]),  # Fang et al., AAAI 2021
+        Method(name="bistil", title="BiStil", start={"layers": 2}, stages=[{"rows": [{"output": "{i_tgt} {n_tgt} {o_tgt}"}], "teacher": {"temperature": 2, "hidden": 1}}, {"trainable": {"sparse": 0.08}, "teacher": {"run": "tft", "temperature": 2}}]),  # Ansell et al., EMNLP 2023
+        Method(name="bistil_alone", title="BiStil-alone", start={"layers": 2}, stages=[{"rows": [{"output": "{i_tgt} {n_tgt} {o_tgt}"}]}, {"trainable": {"sparse": 0.08}}]),  # its control: the same student without teacher
+        # What is pulled together inside:
+        Method(name="afp", title="AFP", role="comparator", stages=[{"rows": ["tgt", "en-tgt"], "supervisions": [_AFP]}]),  # aligning after pretraining (Li et al., NAACL 2024): contrastive at layer 1, and cross-lingual instructions
+        # Where it starts:
+        Method(name="quick", title="quick", start="sft", items=150),  # instruction-tuned models are quick learners (Gupta et al. 2023): few examples after SFT
     )
-}
+}  # fmt: skip
 
 # %% ../nbs/02_methods.ipynb #49f9850b
 VARIANTS = {
@@ -477,4 +507,4 @@ def method_from_name(name: str) -> Method:
         method = _supervise(method, layer=layers)
     title = "-".join([METHODS[parts["stem"]].title, *name.removeprefix(parts["stem"]).split("_")[1:]])
     items = parts["items"] and int(parts["items"])
-    return Method(**vars(method) | {"name": name, "title": title, "variant": variant, "items": items})
+    return Method(**vars(method) | {"name": name, "title": title, "variant": variant, "items": items or method.items})
