@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'LossPath', 'LOSSES', 'Row', 'join', 'ForwardPass', 'forward_pass', 'Term', 'LogitsTerm', 'TFT', 'pool',
-           'FeatureTerm', 'terms_of', 'loss_counts', 'naive_passes', 'truncated_passes', 'english_pass', 'branches_of',
-           'pack', 'visibility', 'one_pass', 'choose_path', 'forward_passes', 'term_sums', 'loss_sums', 'reported',
-           'combine', 'active', 'dsft_loss', 'gradient_norms', 'term_gradient_norms']
+           'FeatureTerm', 'ContrastiveTerm', 'terms_of', 'loss_counts', 'naive_passes', 'truncated_passes',
+           'english_pass', 'branches_of', 'pack', 'visibility', 'one_pass', 'choose_path', 'forward_passes',
+           'term_sums', 'loss_sums', 'reported', 'combine', 'active', 'dsft_loss', 'gradient_norms',
+           'term_gradient_norms']
 
 # %% ../nbs/14_losses.ipynb #22567091
 import logging
@@ -199,6 +200,21 @@ class FeatureTerm(Term):
         h_en = h_en if self.english_gradient else h_en.detach()
         return (1 - F.cosine_similarity(h_en, h_tgt, dim=-1)).sum()
 
+# %% ../nbs/14_losses.ipynb #18ae7e46
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveTerm(FeatureTerm):
+    """Cross-entropy of the own English query among all of the batch, by their cosines over a temperature."""
+
+    kind = "contrastive"
+    temperature: float = 0.1
+
+    def sum(self, forward: ForwardPass, selected: None, W_out: Tensor) -> Tensor:
+        """Σ over the examples of -log softmax(cos(h^en_b', h^tgt_b) / τ)[b' = b]."""
+        h_tgt = F.normalize(pool(forward, "x_tgt", self.layer, self.pooling), dim=-1)
+        h_en = F.normalize(pool(forward.english, "x_en", self.english_layer, self.pooling), dim=-1)
+        h_en = h_en if self.english_gradient else h_en.detach()
+        return F.cross_entropy(h_tgt @ h_en.T / self.temperature, torch.arange(len(h_tgt), device=h_tgt.device), reduction="sum")
+
 # %% ../nbs/14_losses.ipynb #7096e2a4
 def _common(s: Supervision) -> dict:
     weight = s.weight.at(progress=0.0) if isinstance(s.weight, Weight) else s.weight
@@ -216,7 +232,11 @@ def _feature_term(s: Supervision, num_hidden_layers: int) -> FeatureTerm:
     return FeatureTerm(**_common(s), pooling=s.pooling, english_layer=english_layer, english_gradient=s.english_gradient)
 
 
-_KINDS = {"logits": _logits_term, "feature": _feature_term}
+def _contrastive_term(s: Supervision, num_hidden_layers: int) -> ContrastiveTerm:
+    return ContrastiveTerm(**vars(_feature_term(s, num_hidden_layers)), temperature=s.temperature)
+
+
+_KINDS = {"logits": _logits_term, "feature": _feature_term, "contrastive": _contrastive_term}
 
 
 def terms_of(supervisions: Sequence[Supervision], num_hidden_layers: int) -> list[Term]:

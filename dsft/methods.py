@@ -76,14 +76,15 @@ class Supervision:
     """
 
     stage: Literal["lc", "et"]  # language conversion or English thinking
-    kind: Literal["logits", "feature"]  # decode English tokens at the layer, or pull the pooled states together
+    kind: Literal["logits", "feature", "contrastive"]  # decode English tokens at the layer, pull the pooled states together, or closer together than those of other examples
     layer: Literal["i", "j"] | Annotated[int, Field(ge=1)]  # where it acts
     weight: LossWeight = 1.0  # λ of this loss in the total
     alignment: Literal["teacher_forced", "positional"] = "teacher_forced"  # logits: read the English tokens after x_tgt, or predict them at its own positions
-    pooling: Literal["mean", "last"] = "mean"  # feature: how a query becomes one vector
+    pooling: Literal["mean", "last"] = "mean"  # feature, contrastive: how a query becomes one vector
     final_norm: bool = True  # logits: apply the model's final norm (and final soft-cap) before W_out
     update_head: bool = False  # logits: let this loss train W_out and the final norm
-    english_gradient: bool = False  # feature: let the gradient flow through the English branch
+    english_gradient: bool = False  # feature, contrastive: let the gradient flow through the English branch
+    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)  # contrastive: τ, by which the cosines are divided
     update_embeddings: bool = True  # let this loss train the input embeddings; where they are tied to W_out, they move it
 
     def at(self, i: int, j: int) -> "Supervision":
@@ -212,18 +213,23 @@ Rows = Annotated[tuple[Pattern, ...], BeforeValidator(_read_rows), Field(min_len
 class TrainedLayers(Part):
     """A range of layers is trained, the others are frozen: the embeddings with the first layer, the final norm and the head with the last."""
 
-    layers: str = Field(pattern=r"^(\d+-\d*|-\d+)$")  # "3-", "-2" or "2-5", counted from 1
+    layers: str = Field(pattern=r"^(\d+%?-(\d+%?)?|-\d+%?)$")  # "3-", "-2" or "2-5", counted from 1; "50%-" is the upper half, "-50%" the lower one
+
+    def bounds(self, num_hidden_layers: int) -> tuple[int, int]:
+        """The first trained layer of a model of so many layers, and the last one."""
+        part = lambda text: int(text[:-1]) * num_hidden_layers // 100 if text.endswith("%") else int(text)
+        first, last = self.layers.split("-")
+        return part(first) + first.endswith("%") if first else 1, part(last) if last else num_hidden_layers
 
     @property
-    def bounds(self) -> tuple[int, int | None]:
-        """The first trained layer and the last one; None: the model's last."""
-        first, last = self.layers.split("-")
-        return int(first or 1), int(last) if last else None
+    def highest(self) -> int:
+        """The highest layer that it names by its number, 0 without any."""
+        return max((int(name) for name in self.layers.split("-") if name.isdigit()), default=0)
 
     @model_validator(mode="after")
     def _in_order(self):
-        first, last = self.bounds
-        if first < 1 or (last is not None and last < first):
+        first, last = self.bounds(max(100, self.highest))
+        if first < 1 or last < first:
             raise ValueError(f"layers = {self.layers!r} is no range; give the first and the last one, counted from 1")
         return self
 
@@ -414,6 +420,7 @@ class Method(Part):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")  # also the folder name of its runs
     title: str = ""  # in tables and figures; default: from the name
+    source: str = ""  # the paper that it is taken from
     role: Role | None = None  # default: base without stages, ours with supervisions, else comparator
     start: str | KeptLayers | None = None  # the method whose model it starts from, or the base with fewer layers; default: the base model
     stages: tuple[Stage, ...] = (Stage(),)  # default: one, with `weights` none
@@ -525,8 +532,10 @@ _STAGES = {"lc": "i", "et": "j"}  # the critical layer at which each acts
 
 def _supervised(name: str, kind: str, *stages: str, weight: float | Weight = 1.0) -> Method:
     supervisions = tuple(Supervision(stage=s, kind=kind, layer=_STAGES[s], weight=weight) for s in stages)
-    return Method(name=name, stages=(Stage(supervisions=supervisions),))
+    return Method(name=name, source="Huo et al., AAAI 2025" if weight == 1.0 else "", stages=(Stage(supervisions=supervisions),))
 
+
+_AFP = {"stage": "lc", "kind": "contrastive", "layer": 1, "weight": 2 / 3, "pooling": "last", "english_gradient": True, "temperature": 0.05}
 
 METHODS = {
     m.name: m
@@ -535,7 +544,7 @@ METHODS = {
         Method(name="sft", stages=[{"rows": ["en"]}]),
         Method(name="tft", role="control"),
         Method(name="tft_en", role="control", stages=[{"rows": ["tgt", "en"]}]),
-        Method(name="sdrrl", stages=[{"rows": [{"recipe": "sdrrl"}]}]),
+        Method(name="sdrrl", source="Zhang et al., ACL 2024", stages=[{"rows": [{"recipe": "sdrrl"}]}]),
         _supervised("lc_logits", "logits", "lc"),
         _supervised("lc_feature", "feature", "lc"),
         _supervised("et_logits", "logits", "et"),
@@ -546,29 +555,59 @@ METHODS = {
         _supervised("dsft_feature_balanced", "feature", "lc", "et", weight=Weight(value="balanced", share=0.5)),
         _supervised("dsft_logits_decay", "logits", "lc", "et", weight=Weight(schedule="linear")),
         # Other systems of the field, each in the terms above. Which rows:
-        Method(name="xp3", title="xP3", stages=[{"rows": ["en", "xp3"]}], ask={"words": "en"}),  # BLOOMZ (Muennighoff et al., ACL 2023)
-        Method(name="multi", title="multi", languages="all", temperature=1.5, stages=[{"rows": ["en", "tgt"]}]),  # mBART-50 (Tang et al. 2020)
-        Method(name="bridge", title="bridge", stages=[{"rows": ["en", "translate"]}]),  # Florenz's claim: translation opens a task in a new language (Spravil et al. 2025)
-        Method(name="share25", title="share-25", stages=[{"rows": [{"tgt": 0.25}, {"en": 0.75}]}]),  # Centurio's claim: a quarter suffices (Geigle et al., ACL 2025)
-        Method(name="related", title="related", languages=["vi"]),  # Kinyarwanda to Kirundi (Niyongabo et al., COLING 2020): trained on another language; a study names the related one
-        Method(name="csr", title="CSR", stages=[{"rows": ["restore"]}, {}]),  # code-switching restore, CSR4mBART
-        Method(name="tag", title="tag", stages=[{"rows": ["tgt", "translate"]}], ask={"prefix": "<2{lang}> "}),  # GNMT's target-language token (Johnson et al., TACL 2017)
+        Method(name="xp3", title="xP3", source="Muennighoff et al., ACL 2023", stages=[{"rows": ["en", "xp3"]}], ask={"words": "en"}),
+        Method(name="multi", title="multi", source="mBART-50, Tang et al. 2020", languages="all", temperature=1.5, stages=[{"rows": ["en", "tgt"]}]),
+        Method(name="bridge", title="bridge", source="Florenz, Spravil et al. 2025", stages=[{"rows": ["en", "translate"]}]),  # translation opens a task in a new language
+        Method(name="share25", title="share-25", source="Centurio, Geigle et al., ACL 2025", stages=[{"rows": [{"tgt": 0.25}, {"en": 0.75}]}]),  # a quarter suffices
+        Method(name="related", title="related", source="Niyongabo et al., COLING 2020", languages=["vi"]),  # trained on another language; a study names the related one
+        Method(name="csr", title="CSR", source="code-switching restore, CSR4mBART", stages=[{"rows": ["restore"]}, {}]),
+        Method(name="tag", title="tag", source="GNMT, Johnson et al., TACL 2017", stages=[{"rows": ["tgt", "translate"]}], ask={"prefix": "<2{lang}> "}),
         # How it is asked:
-        Method(name="taco", title="TaCo", start="sft", stages=[{"rows": ["taco"]}], ask={"think": "Response in {language}:"}),  # Upadhayay and Behzadan 2023
-        Method(name="ldp", title="LDP", role="comparator", stages=(), ask={"shots": {"k": 4, "languages": "others"}}),  # linguistically diverse prompts (Nguyen et al., ACL 2024)
-        Method(name="adaptive_mt", title="adaptive-MT", stages=[{"rows": ["translate", "near"], "trainable": {"lora": {"r": 64, "alpha": 16, "dropout": 0.1}}}],
-            ask={"shots": {"k": 1, "by": "nearest"}}),  # Moslem et al. 2023
-        # Which examples:
-        Method(name="mining", title="InstructMining", stages=[{"select": {"by": "quality", "keep": 0.25}}]),  # InstructMining (Cao et al. 2023)
-        Method(name="mining_length", title="length", stages=[{"select": {"by": "length", "keep": 0.25}}]),
-        Method(name="mining_random", title="random", stages=[{"select": {"by": "random", "keep": 0.25}}]),
-        Method(name="gotd", title="GOT-D", stages=[{"rows": [{"text": 4}], "select": {"by": "transport", "keep": 0.25, "side": "tgt"}}, {}]),  # Kang et al., ICLR 2024
+        Method(name="taco", title="TaCo", source="Upadhayay and Behzadan 2023", start="sft", stages=[{"rows": ["taco"]}], ask={"think": "Response in {language}:"}),
+        Method(name="ldp", title="LDP", source="Nguyen et al., ACL 2024", role="comparator", stages=(), ask={"shots": {"k": 4, "languages": "others"}}),
+        Method(
+            name="adaptive_mt", title="adaptive-MT", source="Moslem et al. 2023", ask={"shots": {"k": 1, "by": "nearest"}},
+            stages=[{"rows": ["translate", "near"], "trainable": {"lora": {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1}}}],
+        ),
+        # Which examples, with their controls:
+        Method(name="mining", title="InstructMining", source="Cao et al. 2023", stages=[{"select": {"by": "quality", "keep": 0.25}}]),
+        Method(name="mining_length", title="longest-quarter", stages=[{"select": {"by": "length", "keep": 0.25}}]),
+        Method(name="mining_random", title="random-quarter", stages=[{"select": {"by": "random", "keep": 0.25}}]),
+        Method(name="gotd", title="GOT-D", source="Kang et al., ICLR 2024", stages=[{"rows": [{"text": 4}], "select": {"by": "transport", "keep": 0.25, "side": "tgt"}}, {}]),
         Method(name="gotd_random", title="GOT-D-random", stages=[{"rows": [{"text": 4}], "select": {"by": "random", "keep": 0.25, "side": "tgt"}}, {}]),
         # Several stages:
-        Method(name="alma", title="ALMA", stages=[{"rows": ["text"]}, {"rows": ["translate"], "trainable": {"lora": {"r": 16}}}, {}]),  # Xu et al., ICLR 2024
-        Method(name="paradigm", title="paradigm", stages=[{"rows": ["text"]}, {"rows": ["interlinear"]}, {"rows": ["translate_source"]}, {}]),  # a novel paradigm (Guo et al., NAACL Findings 2024)
-        Method(name="tower", title="Tower+", stages=[{"rows": [{"text": 0.66}, {"interlinear": 0.33}]}, {"rows": ["tgt", "en", "translate"]}]),  # its first two stages (Rei et al. 2025)
+        Method(name="alma", title="ALMA", source="Xu et al., ICLR 2024", stages=[{"rows": ["text"]}, {"rows": ["translate"], "trainable": {"lora": {"r": 16}}}, {}]),
+        Method(name="paradigm", title="paradigm", source="Guo et al., Findings of NAACL 2024", stages=[{"rows": ["text"]}, {"rows": ["interlinear"]}, {"rows": ["translate_source"]}, {}]),
+        Method(name="tower", title="Tower+", source="its first two stages, Rei et al. 2025", stages=[{"rows": [{"text": 0.66}, {"interlinear": 0.33}]}, {"rows": ["tgt", "en", "translate"]}]),
         Method(name="interlinear", title="interlinear", stages=[{"rows": ["interlinear"]}, {}]),  # the paradigm's second stage alone
+        Method(name="maft", title="MAFT", source="Alabi et al., COLING 2022", languages="all", stages=[{"rows": ["text"]}, {"rows": ["tgt"]}]),  # on a base whose vocabulary is cut
+        Method(name="two_stage", title="two-stage", source="two-stage fine-tuning for Indian languages", start="multi", stages=[{"trainable": {"lora": {"r": 16, "lora_alpha": 32}}}]),
+        Method(name="quick", title="quick", source="Gupta et al. 2023", start="sft", items=150),  # few examples after English instructions
+        # Which weights are trained:
+        Method(name="lora", title="LoRA", source="Hu et al., ICLR 2022", stages=[{"trainable": {"lora": {"r": 16, "lora_alpha": 32}}}]),  # as many chatbots are made from translated Alpaca
+        Method(
+            name="corda", title="CorDA", source="Yang et al., NeurIPS 2024",  # who take r = 128
+            stages=[{"trainable": {"lora": {"r": 32, "lora_alpha": 32, "init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}}}],
+        ),
+        Method(name="frozen", title="frozen", source="Tinn et al. 2023", stages=[{"trainable": {"layers": "25%-"}}]),
+        Method(name="decay", title="decay", source="Tinn et al. 2023", stages=[{"trainable": {"decay": 0.8}}]),
+        Method(name="sixt", title="SixT+", source="Chen et al., ACL 2022", stages=[{"trainable": {"layers": "50%-"}}, {}]),  # upper layers, then all
+        Method(name="tokens", title="tokens", source="canonical examples, Hewitt et al. 2024", stages=[{"trainable": {"tokens": 10}}]),  # few embeddings in the place of few senses
+        Method(name="ltsft_lang", title="LT-SFT-language", source="half of LT-SFT", stages=[{"rows": ["text"], "trainable": {"sparse": 0.04, "l1": 0.1}}]),
+        Method(name="ltsft_task", title="LT-SFT-task", source="half of LT-SFT", stages=[{"rows": ["en"], "trainable": {"sparse": 0.05}}]),
+        # What is added up without training:
+        Method(name="ltsft", title="LT-SFT", source="Ansell et al., ACL 2022", weights={"ltsft_lang": 1, "ltsft_task": 1}),
+        Method(name="transfer", title="transfer", source="Lin et al. 2025", weights={"old-base/tft": 1}),  # between versions of a base; the study has a model old-base
+        # Who teaches:
+        Method(name="fused", title="FILTER-teacher", source="half of FILTER", stages=[{"rows": ["paired", "en"]}]),
+        Method(name="filter", title="FILTER", source="Fang et al., AAAI 2021", stages=[{"rows": ["tgt", "en"], "teacher": {"run": "fused", "rows": "paired", "weight": 0.5, "temperature": 2}}]),
+        Method(
+            name="bistil", title="BiStil", source="Ansell et al., Findings of ACL 2023", start={"layers": 2},
+            stages=[{"rows": ["text"], "teacher": {"temperature": 2, "hidden": 1}}, {"trainable": {"sparse": 0.08}, "teacher": {"run": "tft", "temperature": 2}}],
+        ),
+        Method(name="bistil_alone", title="BiStil-alone", start={"layers": 2}, stages=[{"rows": ["text"]}, {"trainable": {"sparse": 0.08}}]),  # its control: the student without teacher
+        # What is pulled together inside, at layer 1, beside cross-lingual instructions:
+        Method(name="afp", title="AFP", source="Li et al., NAACL 2024", role="comparator", stages=[{"rows": ["tgt", "en-tgt"], "supervisions": [_AFP]}]),
     )
 }  # fmt: skip
 

@@ -275,10 +275,11 @@ def one_stage(methods: Iterable[Method]) -> list[str]:
 def query_gap_table(study: Study, methods: Collection[str] | None = None, targets: Collection[str] | None = None) -> pd.DataFrame:
     """Query gaps (`dsft.results.load_query_gaps`) of the methods, or of these: the mean over seeds, and that of the base model (`..._before`) where both are at the critical layers.
 
-    One row a model, target, method and kind of loss; a method with supervisions stands with the kinds that it supervises, one without any with both.
+    One row a model, target, method and kind of loss; a method with supervisions stands with the kinds that it supervises, one without any, or with others, with both.
     """
     gaps, keys, values = load_query_gaps(study), ["model", "target", "kind"], ["query_gap_lc", "query_gap_et"]
-    kinds = {name: {s.kind for s in m.supervisions} or {"logits", "feature"} for name, m in study.every_method.items()}
+    measured = {"logits", "feature"}
+    kinds = {name: measured.intersection(s.kind for s in m.supervisions) or measured for name, m in study.every_method.items()}
     base = gaps["role"].eq("base")
     before = gaps[base].groupby(keys)[values].mean().add_suffix("_before")
     supervised = pd.Series([kind in kinds[name] for name, kind in zip(gaps["method"], gaps["kind"])], index=gaps.index, dtype=bool)

@@ -609,8 +609,7 @@ def _check_layers(study: Study, file: str) -> None:
         if kept > 1 and any(isinstance(s.layer, str) for s in m.supervisions):
             raise ParamsError(f"{file}: methods.{m.name}: the critical layers i and j are those of the whole base, and it starts from a part of its layers; give their numbers")
         fixed |= {(f"methods.{m.name}.{s.stage}.layer", kept): s.layer for s in m.supervisions if isinstance(s.layer, int)}
-        ranges = [stage.trainable.bounds for stage in m.stages if isinstance(stage.trainable, TrainedLayers)]
-        fixed |= {(f"methods.{m.name}.trainable.layers", kept): last or first for first, last in ranges}
+        fixed |= {(f"methods.{m.name}.trainable.layers", kept): stage.trainable.highest for stage in m.stages if isinstance(stage.trainable, TrainedLayers)}
     for model in study.models:
         top = num_hidden_layers(study, model)
         for (field, kept), layer in fixed.items():

@@ -56,11 +56,12 @@ def _device() -> str:
 @prepare.register
 def _some_layers(trainable: TrainedLayers, model: PreTrainedModel, examples: Dataset, full: str | None = None) -> torch.nn.Module:
     backbone = find_backbone(model)
-    (first, last), top = trainable.bounds, backbone.num_hidden_layers
-    if (last or first) > top:
+    top = backbone.num_hidden_layers
+    first, last = trainable.bounds(top)
+    if not first <= last <= top:
         raise ParamsError(f"trainable.layers = {trainable.layers!r}: the model has layers 1 to {top}; choose some of them")
     for p, depth in depths(backbone).items():
-        p.requires_grad_(first <= max(depth, 1) <= (last or top) if depth else first == 1)
+        p.requires_grad_(first <= max(depth, 1) <= last)
     return model
 
 # %% ../nbs/19_trainable.ipynb #2b45e643
