@@ -17,7 +17,7 @@ from fastcore.script import call_parse
 
 from .files import ParamsError, read_lines, replacing
 from .results import finished_runs
-from .study import Run, Study, load_study
+from .study import Run, load_study
 
 # %% ../nbs/34_archive.ipynb #c5a207f0
 _LEFT_OUT = {".ipynb", ".lock"}  # the executed notebooks: what they show is in the files that they write

@@ -510,6 +510,7 @@ def resources(self: Method) -> tuple[str, ...]:
         "other languages": bool(self.languages) or bool(self.ask.shots and self.ask.shots.languages == "others"),
         "English in prompts": self.ask.words == "en",
         "examples in prompts": bool(self.ask.shots),
+        "second base": any("/" in need for need in self.needs),
     }
     return tuple(name for name, has in told.items() if has)
 

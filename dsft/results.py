@@ -7,8 +7,8 @@ __all__ = ['REMEDY', 'METHOD_COLUMNS', 'LAYER_COLUMNS', 'GAP_COLUMNS', 'RESOURCE
            'ENTROPY_COLUMNS', 'COST_COLUMNS', 'INSIDE_COLUMNS', 'QUERY_GAP_COLUMNS', 'CELL', 'RunResult', 'Score',
            'Metrics', 'InsideRow', 'Inside', 'TokenEntropy', 'RuleChoice', 'LayerEntropy', 'write_result',
            'read_result', 'read_of_run', 'finished_runs', 'with_methods', 'controls', 'titles', 'with_layers',
-           'with_query_gaps', 'tokens_trained', 'with_resources', 'load_results', 'load_item_scores', 'in_percent',
-           'in_bits', 'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside', 'load_query_gaps', 'write_csv',
+           'with_query_gaps', 'with_resources', 'load_results', 'load_item_scores', 'in_percent', 'in_bits',
+           'load_entropy', 'load_token_entropy', 'load_costs', 'load_inside', 'load_query_gaps', 'write_csv',
            'write_items', 'on_target', 'in_order', 'check_records', 'write_provenance']
 
 # %% ../nbs/24_results.ipynb #f55a638d
@@ -272,35 +272,34 @@ def with_query_gaps(table: pd.DataFrame, inside: pd.DataFrame) -> pd.DataFrame:
     return table.reindex(columns=[*table.columns, *(name for name in GAP_COLUMNS if name not in table)]).astype(dict.fromkeys(GAP_COLUMNS, float))
 
 # %% ../nbs/24_results.ipynb #da0a8ca4
-RESOURCE_COLUMNS = ["resources", "cost"]
+RESOURCE_COLUMNS = ["resources", "cost", "trained"]
 
 
-def _resources(method: Method) -> str:
-    """What a method has besides the parallel examples, its recipes included."""
-    return ", ".join(dict.fromkeys([*method.resources, *(name for recipe in method.recipes for name in load_recipe(recipe).needs)]))
+def _resources(study: Study, method: Method) -> list[str]:
+    """What a method has besides the parallel examples, its recipes and the runs that it needs included."""
+    own = [*method.resources, *(name for recipe in method.recipes for name in load_recipe(recipe).needs)]
+    behind = [name for need in method.needs for name in _resources(study, study.method(need.rpartition("/")[2]))]
+    return list(dict.fromkeys([*own, *behind]))
 
 
-def tokens_trained(run: Run) -> float:
-    """How many tokens the model of a run has read in fine-tuning, by the reports on its data; NaN where there is none."""
-    file = run.training_folder / "data_report.json"
-    if not run.method.stages:
-        return 0.0
-    if not file.exists():
-        return np.nan
-    report = json.loads(file.read_text(encoding="utf-8"))
-    stages = [report, *(part for name, part in report.items() if name.startswith("stage "))]
-    before = tokens_trained(run.start) if run.start else 0.0
-    return before + sum(part["tokens"].get("trained", np.nan) for part in stages)
+def _effort(run: Run) -> tuple[float, float]:
+    """The floating-point operations behind the model of a run, and the share of its weights that were trained; NaN where its record does not tell."""
+    if not run.method.made:
+        return 0.0, 0.0
+    file = run.folder / "provenance.json"
+    origin = json.loads(file.read_text(encoding="utf-8")).get("model") if file.exists() else None
+    return tuple((origin or {}).get(name, np.nan) for name in ("flops", "trained"))
 
 
 def with_resources(table: pd.DataFrame, study: Study, runs: list[Run]) -> pd.DataFrame:
-    """The table with RESOURCE_COLUMNS, `cost` from the reports of `runs`; a table that has costs keeps those of other runs."""
-    told = {method.name: _resources(method) for method in study.every_method.values()}
-    tokens = {(run.model, run.lang, run.method.name, run.seed): tokens_trained(run) for run in runs}
-    cost = {key: read / tokens.get((*key[:2], "tft", key[3]), np.nan) if key[2] != "tft" else 1.0 for key, read in tokens.items()}
-    known = table["cost"] if "cost" in table else [np.nan] * len(table)
-    keys = zip(table["model"], table["target"], table["method"], table["seed"])
-    return table.assign(resources=[told[name] for name in table["method"]], cost=[cost.get(key, before) for key, before in zip(keys, known)])
+    """The table with RESOURCE_COLUMNS, `cost` and `trained` from the records of `runs`; a table that has these keeps those of other runs."""
+    told = {method.name: ", ".join(_resources(study, method)) for method in study.every_method.values()}
+    efforts = {(run.model, run.lang, run.method.name, run.seed): _effort(run) for run in runs}
+    of_tft = {key: efforts.get((*key[:2], "tft", key[3]), (np.nan,))[0] for key in efforts}
+    found = {key: (flops / of_tft[key] if flops else 0.0, trained) for key, (flops, trained) in efforts.items()}
+    before = zip(*(table[name] if name in table else [np.nan] * len(table) for name in RESOURCE_COLUMNS[1:]))
+    values = [found.get(key, known) for key, known in zip(zip(table["model"], table["target"], table["method"], table["seed"]), before)]
+    return table.assign(resources=[told[name] for name in table["method"]], **dict(zip(RESOURCE_COLUMNS[1:], zip(*values))))
 
 # %% ../nbs/24_results.ipynb #bdd46138
 RESULT_COLUMNS = ["model", "target", "method", "seed", "dataset", "lang", "metric", "value", "items", "chance", *LAYER_COLUMNS, *GAP_COLUMNS, *METHOD_COLUMNS, "unparsed", *RESOURCE_COLUMNS]
@@ -323,7 +322,7 @@ def load_results(study: Study, prompt: str | None = None) -> pd.DataFrame:
     inside = [_of_run(run) | row.model_dump() for run in finished if (run.folder / "inside.json").exists() for row in read_of_run(run, "inside.json", Inside).rows]
     table = with_query_gaps(with_layers(with_methods(table, study), study), pd.DataFrame(inside, columns=[*_RUN, "layer", "quantity", "value"]))
     table = with_resources(table.assign(unparsed=table["unparsed"] if "unparsed" in table else 0), study, finished)
-    return table[RESULT_COLUMNS].astype({"value": float, "chance": float, "unparsed": "int64", "cost": float})
+    return table[RESULT_COLUMNS].astype({"value": float, "chance": float, "unparsed": "int64", "cost": float, "trained": float})
 
 # %% ../nbs/24_results.ipynb #ba68335b
 _SAMPLE = {"dataset": pa.string(), "lang": pa.string(), "prompt": pa.string(), "id": pa.string(), "value": pa.float64(), "cluster": pa.string(), BITS: pa.float64()}  # of its fields those that are read

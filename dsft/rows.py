@@ -9,7 +9,6 @@ __all__ = ['plain_text', 'switcher', 'nearest_texts', 'beside', 'sampled']
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer

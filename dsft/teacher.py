@@ -53,6 +53,11 @@ class FrozenModel:
             self._batch, self._pass = batch, forward_pass(self.backbone, _read_by_teacher(batch), ("x_tgt", "y_tgt"), self.layers, L)
         return self._pass
 
+    def floating_point_ops(self, batch: dict[str, Tensor]) -> float:
+        """2 operations for each column and each parameter outside of the embeddings: a model that is read and not trained."""
+        x = TEACHER if TEACHER in batch else "x_tgt"
+        return 2 * self.backbone.lm_model.num_parameters(exclude_embeddings=True) * (batch[x].numel() + batch["y_tgt"].numel())
+
     def answers(self, batch: dict[str, Tensor]) -> Tensor:
         """Its states before each token of the answers, ready for its W_out: [N, hidden_size]."""
         W_out = self.backbone.lm_head.weight

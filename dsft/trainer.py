@@ -455,8 +455,9 @@ def _texts_read(self: DSFTTrainer) -> dict[str, float]:
 
 @patch
 def floating_point_ops(self: DSFTTrainer, inputs: dict[str, Tensor]) -> float:
-    """6 operations for each column and each parameter outside of the embeddings that it passes."""
-    return 6 * self._num_parameters * sum(share * inputs[field].numel() for field, share in self._texts_read().items())
+    """6 operations for each column and each parameter outside of the embeddings that it passes; what a teacher does is its own."""
+    teachers = {term.teacher for term in self.terms if hasattr(term, "teacher")}
+    return 6 * self._num_parameters * sum(share * inputs[field].numel() for field, share in self._texts_read().items()) + sum(teacher.floating_point_ops(inputs) for teacher in teachers)
 
 
 @patch

@@ -41,7 +41,7 @@ from .study import Recipe, Run, Study, load_study
 from .teacher import TEACHER, teacher_terms
 from .trainable import prepare
 from .trainer import DSFTTrainer, row_limits
-from .weights import save_start
+from .weights import flops_behind, save_start
 
 # %% ../nbs/20_training.ipynb #0486aef7
 RECIPES = {
@@ -148,16 +148,6 @@ def row_length(run: Run) -> int:
     return min(run.study.data.max_length, positions or run.study.data.max_length)
 
 
-def _tokens_trained(run: Run, stage: Stage, examples: Dataset, fields: Sequence[str]) -> int:
-    """How many tokens a stage reads in all its epochs, in the columns that its losses read."""
-    recipe = run.study.train
-    once = sum(len(ids) for field in fields for ids in examples[field])
-    epochs = recipe.epochs * stage.epochs
-    if recipe.max_steps > 0:
-        epochs = min(epochs, recipe.max_steps * recipe.batch_size / len(examples))
-    return round(once * epochs)
-
-
 def _with_teacher_ids(examples: Dataset, tokenizer: PreTrainedTokenizerBase, longest: int, report: dict[str, Any]) -> Dataset:
     """The teacher's prompts as token ids, none where it has no prompt or no room for the answer. Raises `ParamsError` when it has nothing to say."""
     prompts, answers = examples[TEACHER][:], examples["y_tgt"]
@@ -180,9 +170,7 @@ def training_data(run: Run, stage: Stage, tokenizer: PreTrainedTokenizerBase, nu
     examples = tokenize(rows, tokenizer, longest, keep=tuple(name for name in ("id", TEACHER) if name in rows.column_names), report=report)
     if TEACHER in rows.column_names:
         examples = _with_teacher_ids(examples, tokenizer, longest, report)
-    limits = row_limits(stage.supervisions, longest)
-    report["tokens"]["branches cut"] = limits.check(examples)
-    report["tokens"]["trained"] = _tokens_trained(run, stage, examples, limits.fields)
+    report["tokens"]["branches cut"] = row_limits(stage.supervisions, longest).check(examples)
     file = run.training_folder / "data_report.json"
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | {f"stage {number}": report} if number > 1 else report)
     lost, limit = 1 - len(examples) / len(rows), run.study.data.max_dropped
@@ -334,12 +322,18 @@ def _train_seconds(trainer: DSFTTrainer) -> float:
     return next(entry["train_seconds"] for entry in reversed(trainer.state.log_history) if "train_seconds" in entry)
 
 
+def _effort(trainer: DSFTTrainer) -> dict[str, float]:
+    """What a training took, whatever the machine: `flops`, its floating-point operations (`DSFTTrainer.floating_point_ops`), and `trained`, the share of the weights that have a gradient."""
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    return {"flops": trainer.state.total_flos, "trained": sum(n for n, learns in sizes if learns) / sum(n for n, _ in sizes)}
+
+
 def _leave_stage(done: Path, trainer: DSFTTrainer) -> None:
     """Write down the model of a stage that others follow, with its log, as the folder `done`. Every process takes part, the first one writes."""
     if trainer.is_world_process_zero():
         with replacing(done) as temporary:
             trainer.export(temporary)
-            told = {"log": _log(trainer), "steps": trainer.state.global_step, "train_seconds": _train_seconds(trainer)}
+            told = {"log": _log(trainer), "steps": trainer.state.global_step, "train_seconds": _train_seconds(trainer)} | _effort(trainer)
             write_json(temporary / "stage.json", told)
             seal(temporary)
     else:
@@ -384,13 +378,15 @@ def save_training(run: Run, trainer: DSFTTrainer, started: float, command: str) 
     checkpoints = Path(trainer.args.output_dir).parent if last > 1 else Path(trainer.args.output_dir)  # named after the inputs as they were then
     read = lambda name: json.loads((checkpoints / name).read_text(encoding="utf-8"))
     before, origins = ([read(name.format(n)) for n in range(1, until)] for name, until in (("stage{}-model/stage.json", last), ("stage{}-origin.json", last + 1)))
-    logs = [*(stage["log"] for stage in before), _log(trainer)]
+    logs, efforts = [*(stage["log"] for stage in before), _log(trainer)], [*before, _effort(trainer)]
     with replacing(run.trained) as folder:
         trainer.export(folder)
         origin = origins[0] | {"data_sha256": " ".join(origin["data_sha256"] for origin in origins)}
         steps = {
             "steps": trainer.state.global_step + sum(stage["steps"] for stage in before),
             "train_seconds": round(_train_seconds(trainer) + sum(stage["train_seconds"] for stage in before), 4),
+            "flops": flops_behind(run) + sum(stage["flops"] for stage in efforts),
+            "trained": max(stage["trained"] for stage in efforts),
             "clipped": round(clipped_share(logs), 4),
             "computed_in": "bfloat16" if trainer.args.bf16 else "float32",
         }
