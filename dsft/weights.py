@@ -62,11 +62,11 @@ def combined(run: Run) -> PreTrainedModel:
         p.copy_(total[name])
     return model
 
-# %% ../nbs/19_weights.ipynb #8735574b
+# %% ../nbs/19_weights.ipynb #81cbb713
 def flops_behind(run: Run) -> float:
     """Floating-point operations of the trainings of the runs that a run needs; NaN where one of them does not tell."""
-    records = (json.loads((Path(needed.trained) / "provenance.json").read_text(encoding="utf-8")) for needed in run.needs.values())
-    return float(sum(record.get("flops", float("nan")) for record in records))
+    files = [Path(needed.trained) / "provenance.json" for needed in run.needs.values()]
+    return float(sum(json.loads(file.read_text(encoding="utf-8")).get("flops", float("nan")) if file.is_file() else float("nan") for file in files))
 
 # %% ../nbs/19_weights.ipynb #4a5d89dd
 def save_combined(run: Run, model: PreTrainedModel, started: float, command: str) -> None:
