@@ -206,7 +206,7 @@ MICROCOSM_ITEMS = 500  # of a benchmark and language, where the study does not s
 MICROCOSM_SHOTS = 50  # from which examples in prompts are drawn
 
 
-def _microcosm_row(item: dict[str, Any], direction: str, template: Template, words: str) -> dict[str, Any]:
+def _microcosm_row(item: dict[str, Any], direction: str, template: Template, words: str = "tgt") -> dict[str, Any]:
     """A generated item as a row of a task in one language or direction."""
     said = {name: value for name, value in item[direction].items() if name not in ("query", "passage", "question")}
     asked = item[direction]["query"]
@@ -219,7 +219,7 @@ def _microcosm_row(item: dict[str, Any], direction: str, template: Template, wor
     return about | {"lang": direction, "asked": asked, "prompt": prompt, **said}
 
 # %% ../nbs/23_tasks.ipynb #b47bf35e
-def _microcosm_rows(name: str, lang: str, study: Study, words: str) -> dict[tuple[str, str], Splits]:
+def _microcosm_rows(name: str, lang: str, study: Study, words: str = "tgt") -> dict[tuple[str, str], Splits]:
     """The rows of a generated benchmark by direction and prompt. Raises ParamsError for more items, or examples in prompts, than it has."""
     template, params, rows = TEMPLATES[study.data.template], study.evaluation, {}
     part = "dev" if params.part == "dev" else "test"
@@ -239,7 +239,7 @@ def _real_row(name: str, direction: str, prompt: str, template: Template, words:
     return about | (to_prompt(name, direction, item, template, words) if prompt == "dsft" else _harness_row(name, item)) | about
 
 
-def _real_rows(name: str, lang: str, study: Study, words: str) -> dict[tuple[str, str], Splits]:
+def _real_rows(name: str, lang: str, study: Study, words: str = "tgt") -> dict[tuple[str, str], Splits]:
     """The rows of a real benchmark by direction and prompt; what lm-eval has no prompt for is left out, with a printed line."""
     template, params, rows = TEMPLATES[study.data.template], study.evaluation, {}
     for direction, asked in load_benchmark(name, lang, params).items():
@@ -253,7 +253,7 @@ def _real_rows(name: str, lang: str, study: Study, words: str) -> dict[tuple[str
     return rows
 
 # %% ../nbs/23_tasks.ipynb #4c654b3a
-def _instruction_rows(name: str, lang: str, study: Study, words: str) -> dict[tuple[str, str], Splits]:
+def _instruction_rows(name: str, lang: str, study: Study, words: str = "tgt") -> dict[tuple[str, str], Splits]:
     """The rows of the held-out instruction data, the answer of each as its only choice; none where none are held out."""
     rows = []
     for pair in held_out_pairs(study.data, lang):
@@ -314,7 +314,7 @@ def write_tasks(study: Study, lang: str, delimiter: str = "", ask: Ask = Ask()) 
         tasks.append(_write(Task(name, direction, prompt, folder, tuple(splits)), splits, study, delimiter))
     return tasks
 
-# %% ../nbs/23_tasks.ipynb #8512d9bc
+# %% ../nbs/23_tasks.ipynb #946e4c88
 def write_after_thoughts(lm: LM, tasks: Sequence[Task], study: Study, delimiter: str, ask: Ask) -> list[Task]:
     """The tasks again, those for which the model thinks with its thoughts."""
     written = []
