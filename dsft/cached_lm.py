@@ -252,7 +252,7 @@ class SharedContextLM(HFLM):
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
         """Refused: a chat template spells out special tokens, and what is spelled out is text here; a study's conversations come as such (dsft.prompts)."""
-        raise ParamsError("hf-shared-context: asks as in training, with a chat template by `data.template: chat` of a study; use lm-eval's own hf for its own way")
+        raise ParamsError("hf-shared-context: asks as in training, without a chat template; use lm-eval's own hf for that, or data.template: chat in a study")
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None
