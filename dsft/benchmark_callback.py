@@ -90,25 +90,27 @@ class BenchmarkCallback(TrainerCallback):
             found = simple_evaluate(model=lm, tasks=self.names, task_manager=self.manager, limit=self.limit, bootstrap_iters=0, log_samples=False)
         return _numbers(found["results"])
 
-    def _measure(self, state) -> dict[str, float]:
+    def _measure(self, state, control) -> dict[str, float]:
         """The scores of this step, which are logged; every process calls it."""
         if self.last[0] != state.global_step:
             scores = [self._ask() if state.is_world_process_zero else None]
             broadcast_object_list(scores)
             self.last = state.global_step, scores[0]
+            due = control.should_log
             self.trainer.log(dict(scores[0]))
+            control.should_log = due  # the log of the losses, if it is time for it, is still to come
         return self.last[1]
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.at_start and state.global_step == 0:
-            self._measure(state)
+            self._measure(state, control)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.every and state.global_step % self.every == 0:
-            self._measure(state)
+            self._measure(state, control)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not self.every:
-            self._measure(state)
+            self._measure(state, control)
         if metrics is not None and self.last[0] == state.global_step:
             metrics.update(self.last[1])
