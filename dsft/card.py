@@ -132,7 +132,7 @@ def write_run_card(run: Run, folder: str | Path | None = None) -> None:
         "Scores": _scores_in_words(scores),
         "Provenance": f"| | |\n|---|---|\n{origin}",
     }
-    base = of_base(run.base, run.model)
+    base = of_base(run.base, run.model if Path(run.base).is_relative_to(run.study.folder()) else "")
     text = card_text(name, f"{base['base_model']}, fine-tuned by {PACKAGE} in the study {run.study.name}.", sections)
     hub = [table.hub for lang, table in run.study.data.files.items() if table.hub and lang in ("en", run.training_lang)]
     results = {"eval_results": _results(scores), "model_name": name} if scores else {}
