@@ -24,8 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .backbone import LOGITS_PER_CHUNK, Backbone, UnsupportedArchitecture, find_backbone, one_pass_obstacle, packed_hidden_states
-from .data import begins_with_space, padded, prefix_ids, prompt_ids, text_ids
+from .chat import end_of_turn
+from .data import answer_ids, begins_with_space, padded, prefix_ids, prompt_ids, text_ids
 from .files import ParamsError
+from .prompts import messages_of
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +194,7 @@ class SharedContextLM(HFLM):
     def _contexts(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of contexts, none of them empty."""
         start = [self.prefix_token_id]
-        if self.add_bos_token is False:
+        if self.add_bos_token is False and not any(map(messages_of, texts)):
             return [ids or start for ids in text_ids(self.tokenizer, texts)]
         found = prompt_ids(self.tokenizer, texts)
         return [start if self.custom_prefix_token_id is not None and not text else ids for text, ids in zip(texts, found)]
@@ -201,14 +203,18 @@ class SharedContextLM(HFLM):
     def _begins_with_space(self) -> bool:
         return begins_with_space(self.tokenizer)
 
-    def _choices(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of choices; a space in front of one is that which the tokenizer puts there by itself, if it does."""
-        return text_ids(self.tokenizer, [text.removeprefix(" ") for text in texts] if self._begins_with_space else texts)
+    def _choices(self, contexts: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of choices; a space in front of one is that which the tokenizer puts there by itself, if it does. In a conversation the choice is what the assistant says."""
+        found = text_ids(self.tokenizer, [text.removeprefix(" ") for text in texts] if self._begins_with_space else texts)
+        return [ids if messages_of(context) is None else answer_ids(self.tokenizer, [context], [text])[0][:-1] for ids, context, text in zip(found, contexts, texts)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any) -> list[int]:
         """The token ids of a text, with what the tokenizer puts in front of it unless `add_special_tokens`, or else `add_bos_token`, is False."""
         if self.backend != "causal":
             return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        if messages_of(string) is not None:
+            ids = prompt_ids(self.tokenizer, [string])[0]
+            return ids[-left_truncate_len:] if left_truncate_len else ids
         with_prefix = add_special_tokens if add_special_tokens is not None else self.add_bos_token is not False
         ids = (prefix_ids(self.tokenizer) if with_prefix else []) + text_ids(self.tokenizer, [string])[0]
         return ids[-left_truncate_len:] if left_truncate_len else ids
@@ -225,19 +231,28 @@ class SharedContextLM(HFLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.backend != "causal":
             return super()._encode_pair(context, continuation)
-        return self._contexts([context])[0], self._choices([continuation])[0]
+        return self._contexts([context])[0], self._choices([context], [continuation])[0]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each request, a context and a choice, the log-likelihood of the choice and whether greedy generation would have given it."""
         if self.backend != "causal" or self.enable_thinking:  # of which HFLM says that it cannot be
             return super().loglikelihood(requests, disable_tqdm)
         texts = [request.args for request in requests]
-        contexts, choices = self._contexts([context for context, _ in texts]), self._choices([choice for _, choice in texts])
+        asked, said = ([pair[n] for pair in texts] for n in (0, 1))
+        contexts, choices = self._contexts(asked), self._choices(asked, said)
         return self._loglikelihood_tokens(list(zip(texts, contexts, choices)), disable_tqdm=disable_tqdm)
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As ever; the answer in a conversation ends where its turn ends, too."""
+        if talks := [request for request in requests if messages_of(request.args[0]) is not None]:
+            ends = [self.eot_token_id, end_of_turn(self.tokenizer)]
+            for request in talks:
+                request.arguments = (request.args[0], request.args[1] | {"eos_token_id": ends})
+        return super().generate_until(requests, disable_tqdm)
+
     def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
-        """Refused: a chat template spells out special tokens, and what is spelled out is text here."""
-        raise ParamsError("hf-shared-context: asks as in training, without a chat template; use lm-eval's own hf for that")
+        """Refused: a chat template spells out special tokens, and what is spelled out is text here; a study's conversations come as such (dsft.prompts)."""
+        raise ParamsError("hf-shared-context: asks as in training, without a chat template; use lm-eval's own hf for that, or data.template: chat in a study")
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None

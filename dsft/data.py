@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LARGE', 'TokenizedExample', 'collate', 'padded', 'pad_inside', 'RowLimits', 'words_and_content', 'parallel_pairs',
            'held_out_pairs', 'example_fields', 'say', 'shown', 'Beside', 'pattern_rows', 'parallel_rows',
-           'load_parallel', 'rows_digest', 'text_ids', 'prefix_ids', 'prompt_ids', 'begins_with_space', 'tokenize']
+           'load_parallel', 'rows_digest', 'text_ids', 'prefix_ids', 'prompt_ids', 'answer_ids', 'begins_with_space',
+           'tokenize']
 
 # %% ../nbs/12_data.ipynb #f99a2425
 import hashlib
@@ -33,11 +34,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .chat import asked_ids, end_of_turn, said_ids
 from .files import ParamsError, unwritable_cache
 from .languages import language_name
 from .methods import PATTERNS, Pattern
 from .microcosm import World
-from .prompts import TEMPLATES, Template
+from .prompts import TEMPLATES, Template, messages_of
 from .settings import DataParams
 from .tables import TEXTS, Pair, align, progress_bars, read_table, row_problem, tables_for
 
@@ -331,10 +333,20 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts, none of them empty: with what the tokenizer puts in front of a text, and without what it puts behind."""
+    """Token ids of prompts, none of them empty: with what the tokenizer puts in front of a text, and without what it puts behind; conversations by its chat template."""
     prefix = prefix_ids(tokenizer)
     start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-    return [prefix + ids or start for ids in text_ids(tokenizer, prompts)]
+    talks = list(map(messages_of, prompts))
+    texts = iter(text_ids(tokenizer, [prompt for prompt, talk in zip(prompts, talks) if talk is None]))
+    return [prefix + next(texts) or start if talk is None else asked_ids(tokenizer, talk) for talk in talks]
+
+# %% ../nbs/12_data.ipynb #07eff8a3
+def answer_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
+    """Token ids of the answers to prompts, each with its end: EOS, if there is one, or in a conversation what ends a turn."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    talks = list(map(messages_of, prompts))
+    texts = iter(text_ids(tokenizer, [answer for answer, talk in zip(answers, talks, strict=True) if talk is None]))
+    return [next(texts) + end if talk is None else said_ids(tokenizer, talk, answer) for talk, answer in zip(talks, answers)]
 
 # %% ../nbs/12_data.ipynb #d344f613
 def begins_with_space(tokenizer: PreTrainedTokenizerBase, before: str = "a:") -> bool:
@@ -356,7 +368,7 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 # %% ../nbs/12_data.ipynb #9e90a57c
 def _cache(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, keep: Sequence[str] = ()) -> tuple[str, Path]:
     """A fingerprint of the tokenised rows, and the file of the `datasets` cache that holds them. Raises `ParamsError` where the cache cannot be written."""
-    known = ("special tokens in a text are text", rows_digest(rows), _tokenizer_state(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, max_length, *keep)
+    known = ("special tokens in a text are text", rows_digest(rows), _tokenizer_state(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template, max_length, *keep)
     key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dsft"
     try:
@@ -369,11 +381,11 @@ def _cache(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, k
 # %% ../nbs/12_data.ipynb #05e948b1
 def _encode(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[list[int]]]:
     """Token ids of the four texts of some rows; an answer that does not fit is cut, to nothing if need be."""
-    ids, eos = {}, tokenizer.eos_token_id
+    ids = {}
     for side in ("tgt", "en"):
-        x, y = prompt_ids(tokenizer, batch[f"x_{side}"]), text_ids(tokenizer, batch[f"y_{side}"])
-        ids[f"x_{side}"] = x
-        ids[f"y_{side}"] = [(b + [eos])[: max(0, max_length - len(a))] for a, b in zip(x, y)]
+        prompts, answers = batch[f"x_{side}"], batch[f"y_{side}"]
+        ids[f"x_{side}"] = prompt_ids(tokenizer, prompts)
+        ids[f"y_{side}"] = [y[: max(0, max_length - len(x))] for x, y in zip(ids[f"x_{side}"], answer_ids(tokenizer, prompts, answers))]
     return ids
 
 # %% ../nbs/12_data.ipynb #2b540256
@@ -382,12 +394,12 @@ def _lengths(encoded: Dataset) -> dict[str, np.ndarray]:
     return {name: pc.list_value_length(encoded.data.column(name)).to_numpy() for name in TokenizedExample._fields}
 
 
-def _count_tokens(encoded: Dataset, fits: np.ndarray, eos: int, max_length: int) -> dict[str, Any]:
+def _count_tokens(encoded: Dataset, fits: np.ndarray, ends: set[int], max_length: int) -> dict[str, Any]:
     """What of the rows fits, is dropped and is cut, for the report."""
     lengths = _lengths(encoded)
-    # Only a cut answer fills the row to its end without EOS as its last token.
+    # Only a cut answer fills the row to its end without one of `ends` as its last token.
     full = {side: fits & (lengths[f"x_{side}"] + lengths[f"y_{side}"] == max_length) for side in ("tgt", "en")}
-    cut = {side: sum(encoded[int(n)][f"y_{side}"][-1] != eos for n in where.nonzero()[0]) for side, where in full.items()}
+    cut = {side: sum(encoded[int(n)][f"y_{side}"][-1] not in ends for n in where.nonzero()[0]) for side, where in full.items()}
     return {"max_length": max_length, "examples": int(fits.sum()), "dropped, prompt too long": int((~fits).sum()), "answers cut": cut}
 
 # %% ../nbs/12_data.ipynb #b2698072
@@ -408,6 +420,7 @@ def tokenize(
         raise ParamsError("no row to train on: the data and the recipes leave none; give more data, or larger shares of the stage's rows")
     if tokenizer.eos_token_id is None:
         raise ParamsError(f"tokenizer of {tokenizer.name_or_path!r} has no EOS token, which ends every answer; set eos_token in its files")
+    ends = {tokenizer.eos_token_id} | ({end_of_turn(tokenizer)} if any(map(messages_of, rows[:1]["x_tgt"])) else set())
     large = len(rows) >= LARGE
     workers = workers or (len(os.sched_getaffinity(0)) if large and hasattr(os, "sched_getaffinity") else 1)
     key, file = _cache(rows, tokenizer, max_length, keep) if large else (None, None)
@@ -423,7 +436,7 @@ def tokenize(
     if not fits.any():
         raise ParamsError(f"data.max_length = {max_length}: every prompt is longer than that; raise it")
     if report is not None:
-        report["tokens"] = _count_tokens(encoded, fits, tokenizer.eos_token_id, max_length)
+        report["tokens"] = _count_tokens(encoded, fits, ends, max_length)
     if fits.all():
         return encoded
     print(f"{(~fits).sum()} of {len(fits)} examples dropped: the prompt alone fills {max_length} tokens", file=sys.stderr)

@@ -18,6 +18,7 @@ from tqdm.std import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import max_positions
+from .chat import end_of_turn
 from .data import pad_inside, padded, prompt_ids
 from .files import ParamsError, check_intact, digest, exclusive, from_hub, json_digest, load_model, versions, write_jsonl, writing
 from .languages import nearest
@@ -72,16 +73,16 @@ def resumable_map(file: Path, prompts: list[str], answer: Callable[[list[str]], 
 
 # %% ../nbs/17_generation.ipynb #57350eb0
 def greedy_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], stop: str, max_new_tokens: int) -> list[str]:
-    """Greedy answers to a batch of prompts, cut at `stop`."""
+    """Greedy answers to a batch of prompts, cut at `stop`; without one, as in conversations, they end with the assistant's turn."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     room = max(1, max_positions(model.config) - max_new_tokens) if max_positions(model.config) else 0  # a prompt that is longer loses its beginning
     ids, mask = (t.to(model.device) for t in padded([row[-room:] for row in prompt_ids(tokenizer, prompts)], pad, "left"))
+    ends = dict(eos_token_id=tokenizer.eos_token_id, stop_strings=[stop], tokenizer=tokenizer) if stop else dict(eos_token_id=[tokenizer.eos_token_id, end_of_turn(tokenizer)])
     with torch.inference_mode():
         said = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id, stop_strings=[stop], tokenizer=tokenizer,
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, **ends
         )  # fmt: skip
-    return [text.split(stop)[0].strip() for text in tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)]
+    return [(text.split(stop)[0] if stop else text).strip() for text in tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)]
 
 # %% ../nbs/17_generation.ipynb #22056bdb
 def load_base(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

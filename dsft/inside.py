@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import find_backbone, hidden_states, max_positions
-from .data import TokenizedExample, collate, prompt_ids, text_ids
+from .data import TokenizedExample, answer_ids, collate, prompt_ids, text_ids
 from .files import ParamsError, read_lines, read_rows
 from .losses import loss_counts, loss_sums, terms_of
 from .methods import Supervision
@@ -205,7 +205,7 @@ class Question(NamedTuple):
 
 def tokenize_question(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], longest: int) -> Question:
     """`row` has `prompt` and `answers`; of the prompt the last `longest` tokens are kept."""
-    (prompt,), (answer,) = prompt_ids(tokenizer, [row["prompt"]]), text_ids(tokenizer, row["answers"][:1])
+    (prompt,), (answer,) = prompt_ids(tokenizer, [row["prompt"]]), answer_ids(tokenizer, [row["prompt"]], row["answers"][:1])
     return Question(prompt[-longest:], (answer[0],))
 
 # %% ../nbs/16_inside.ipynb #2a4e4543
@@ -271,11 +271,11 @@ def base_curves(
 # %% ../nbs/16_inside.ipynb #5bc9836a
 def held_out_examples(study: Study, lang: str, tokenizer: PreTrainedTokenizerBase, limit: int, longest: int) -> list[TokenizedExample]:
     """Up to `limit` parallel examples that no training uses as token ids, answers with their end; without texts of more than half of `longest` tokens, so that any two fit together."""
-    items, end = parallel_questions(study, lang, limit, (INSTRUCTIONS, *QUESTIONS))[1], [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    texts = {}
+    items, texts = parallel_questions(study, lang, limit, (INSTRUCTIONS, *QUESTIONS))[1], {}
     for side in ("tgt", "en"):
-        texts[f"x_{side}"] = prompt_ids(tokenizer, [item[side]["prompt"] for item in items])
-        texts[f"y_{side}"] = [ids + end for ids in text_ids(tokenizer, [item[side]["answers"][0] for item in items])]
+        prompts = [item[side]["prompt"] for item in items]
+        texts[f"x_{side}"] = prompt_ids(tokenizer, prompts)
+        texts[f"y_{side}"] = answer_ids(tokenizer, prompts, [item[side]["answers"][0] for item in items])
     examples = [TokenizedExample(*fields) for fields in zip(*(texts[field] for field in TokenizedExample._fields))]
     return [example for example in examples if all(0 < len(ids) <= longest // 2 for ids in example)]
 

@@ -148,7 +148,7 @@ class DataParams(Part):
     dictionaries: dict[Language, str] = {}  # rows with switched words: target language -> file with an English and a target word a line; likewise
     items: PositiveInt | None = None  # how many parallel examples to train on; default: all that the source has (microcosm: 600)
     held_out: NonNegativeInt = 0  # parallel examples that no training uses, for `evaluation.benchmarks: [instructions]`; 500 tell models well apart
-    template: Literal["alpaca", "plain"] = "plain"
+    template: Literal["alpaca", "plain", "chat"] = "plain"  # how a query becomes a prompt (dsft.prompts); chat: by the chat template of the model's tokenizer
     max_length: PositiveInt = 512  # tokens of prompt and answer together; longer answers are cut
     max_dropped: Share = 0.05  # stop when more than this share of the rows is unusable
     max_length_ratio: Annotated[float, Field(gt=1)] = 8.0  # an answer this much longer or shorter than its English one, beside the median, is dropped

@@ -82,6 +82,17 @@ class Study(Part):
         return self
 
     @model_validator(mode="after")
+    def _chat_can_be_asked(self):
+        if self.data.template == "chat":
+            if self.evaluation.num_fewshot:
+                raise ValueError(f"data.template: chat asks without examples; leave evaluation.num_fewshot = {self.evaluation.num_fewshot} out")
+            if self.evaluation.backend != "hf" and "dsft" in self.evaluation.prompt:
+                raise ValueError(f"data.template: chat is asked by evaluation.backend: hf only, not by {self.evaluation.backend!r}; correct it")
+            if cut := [name for name, model in self.models.items() if model.vocabulary]:
+                raise ValueError(f"models.{cut[0]}.vocabulary: is cut to texts, in which the markup of data.template: chat does not stand; leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
     def _sweeps_fit_the_grid(self):
         for sweep in self.sweeps:
             for field, known in (("models", self.models), ("languages", self.languages)):

@@ -38,7 +38,7 @@ from .methods import PATTERNS, Ask
 from .metrics import BENCHMARKS, BITS, EVERY_BENCHMARK, INSTRUCTIONS, METRICS, TRANSLATION, Benchmark, NotAvailable, bits_per_byte, chrf, comet, f1, f1_script, spbleu
 from .microcosm import World
 from .precision import dtype_here
-from .prompts import TEMPLATES, Template, benchmark_wording, harness_file
+from .prompts import TEMPLATES, Template, benchmark_wording, harness_file, messages_of
 from .study import EvalParams, Study
 
 # %% ../nbs/23_tasks.ipynb #91833047
@@ -103,7 +103,7 @@ def to_prompt(name: str, lang: str, item: Item, template: Template, words: str =
 # %% ../nbs/23_tasks.ipynb #b6924c74
 def answer_delimiter(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
     """What must stand between prompt and answer so that the tokens of the whole text are those of training: nothing, or a space."""
-    return " " if begins_with_space(tokenizer, template.prompt("a")) else ""
+    return " " if messages_of(template.prompt("a")) is None and begins_with_space(tokenizer, template.prompt("a")) else ""
 
 # %% ../nbs/23_tasks.ipynb #156a2821
 def _task_file(name: str) -> Path:
@@ -278,7 +278,7 @@ def task_config(task: Task, study: Study, delimiter: str = "") -> dict[str, Any]
         config |= {"include": [*asked, str(_task_file("score_bits"))], "doc_to_choice": "choices", "doc_to_target": "label", "generation_kwargs": None}
     if task.benchmark.generated:
         longest = study.evaluation.max_translation_tokens if task.dataset in TRANSLATION else study.evaluation.max_new_tokens
-        config["generation_kwargs"] = {"until": [stop], "max_gen_toks": longest, "do_sample": False}
+        config["generation_kwargs"] = {"until": [stop] * bool(stop), "max_gen_toks": longest, "do_sample": False}
     return config
 
 # %% ../nbs/23_tasks.ipynb #619a3050

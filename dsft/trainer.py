@@ -9,7 +9,6 @@ __all__ = ['logger', 'PlainProgress', 'fields_read', 'row_limits', 'with_length_
 # %% ../nbs/19_trainer.ipynb #84f5d19b
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -33,30 +32,33 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .backbone import LOGITS_PER_CHUNK, find_backbone
 from .balance import is_balanced, term_names, weighted
+from .bars import bar_file
+from .card import card_text, method_in_words, of_base, write_card
 from .data import RowLimits, TokenizedExample, collate, pad_inside, padded
-from .files import ParamsError, first_wrong_weight
+from .files import PACKAGE, ParamsError, first_wrong_weight, versions
 from .losses import TFT, ForwardPass, LossPath, Term, active, branches_of, combine, loss_counts, loss_sums, reported, term_gradient_norms, terms_of
 from .methods import Supervision
 from .not_finite import NotFinite, culprits, example_names, in_words, keep
 from .teacher import TEACHER
 from .trainable import depths, mean_change, split_by_depth
+from .text_columns import has_text, text_to_ids
 
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/19_trainer.ipynb #e0011494
 class PlainProgress(ProgressCallback):
-    """One plain-text bar on stderr, in a terminal and in a notebook's kernel alike, with the latest losses behind it."""
+    """One plain-text bar, in a terminal and in a notebook's kernel alike, with the latest losses behind it."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            bar = dict(desc=args.run_name or "train", file=sys.stderr, dynamic_ncols=True)
+            bar = dict(desc=args.run_name or "train", file=bar_file(), dynamic_ncols=True)
             self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, **bar)
         self.current_step = state.global_step
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and self.prediction_bar is None:
             self.prediction_bar = tqdm(
-                total=len(eval_dataloader), desc="evaluate", file=sys.stderr, leave=False, dynamic_ncols=True
+                total=len(eval_dataloader), desc="evaluate", file=bar_file(), leave=False, dynamic_ncols=True
             )
         super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
@@ -205,14 +207,15 @@ class DSFTTrainer(Trainer):
     """`transformers.Trainer` whose loss is L_TFT + Σ λ_s L_s of `supervisions`; with none of them it is plain fine-tuning.
 
     Datasets have the columns x_tgt, y_tgt, x_en, y_en (lists of token ids), of which x_en and y_en are read with supervisions only, and x_teacher where
-    a teacher has prompts of its own; further columns are ignored. x_tgt is read whole, what follows it is cut to `max_length` and the positions of the model. Logs
+    a teacher has prompts of its own; or columns of text, instructions or conversations (`dsft.text_columns`), which become token ids by `template`;
+    further columns are ignored. x_tgt is read whole, what follows it is cut to `max_length` and the positions of the model. Logs
     `loss_tft`, `loss_lc` and `loss_et` beside `loss`: in training the means over the steps since the last log, in evaluation
     (`eval_...`) those over the whole evaluation set. A stage with several supervisions logs the sum of theirs, before weighting; one
     with none logs 0. `clipped` is the share of the steps since the last log whose gradient was longer than `max_grad_norm`. With
     `gradient_norm_steps`, and for a weight that is balanced, the norm of each loss's gradient is logged as `grad_norm_<loss>` with its
     weight. `compute_metrics` and `predict` get for each example the likeliest token at each position of y_tgt, -100 on padding.
 
-    Raises `UnsupportedArchitecture` for a model that cannot be served, `ValueError` for a layer outside 1..L, an argument that the
+    Raises `UnsupportedArchitecture` for a model that cannot be served, `ParamsError`, a ValueError, for text that cannot be read, `ValueError` for a layer outside 1..L, an argument that the
     losses would pass by, a balanced weight under FSDP or rows that cannot be read, `RuntimeError` when several processes or FSDP were asked for and are not what
     runs, and `NotFinite` in training when a loss or a gradient is NaN or infinite.
     """
@@ -231,11 +234,12 @@ class DSFTTrainer(Trainer):
         terms: Sequence[Term] = (),  # more losses, such as those against a teacher (dsft.teacher)
         layer_decay: float = 1.0,  # γ: layer l of L learns at γ^(L - l) times the learning rate, see dsft.trainable.depths
         l1: float = 0.0,  # times the mean |θ - θ_start| over the trainable parameters, added to the loss in training
+        template: str | None = None,  # how a question becomes a prompt, where datasets have columns of text: alpaca, plain, or chat, the tokenizer's own
         gradient_norm_steps: int = 0,  # log the norm of each loss's gradient every so many steps, where there are supervisions; 0: never
         **kwargs: Any,  # as for transformers.Trainer
     ):
         self.asked, self.path, self.max_length, self._collates = tuple(supervisions), path, max_length, data_collator is None
-        self.gradient_norm_steps, self._step_batches = gradient_norm_steps, []
+        self.template, self.gradient_norm_steps, self._step_batches = template, gradient_norm_steps, []
         self.more_terms, self.layer_decay, self.l1 = tuple(terms), layer_decay, l1
         if model is not None:  # before anything is moved or written
             active(self.asked, find_backbone(model))
@@ -250,6 +254,7 @@ class DSFTTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` says, for older versions of transformers
         self._begin_means()
         self._serve(self.model)
+        self.train_dataset, self.eval_dataset = self._as_ids(self.train_dataset, "training"), self._as_ids(self.eval_dataset, "evaluation")
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK):
             self.add_callback(PlainProgress)
         self.add_callback(LogTheRest)
@@ -286,6 +291,7 @@ class DSFTTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
+        dataset = self._as_ids(dataset, description)
         self._check_rows(dataset, description)
         return super()._remove_unused_columns(dataset, description)
 
@@ -362,6 +368,23 @@ def _check_rows(self: DSFTTrainer, dataset: Dataset, description: str | None) ->
         raise ValueError(f"{name} {error}") from None
     for field, count in cut.items():
         _warn_once(f"{name}: {field} is cut in {count} of {len(dataset)} rows to the {self.limits.max_length} tokens of a row")
+
+
+@patch
+def _as_ids(self: DSFTTrainer, dataset: Any, description: str | None) -> Any:
+    """A dataset of text, or several by name, as token ids; what is no text as it is. Raises `ParamsError`, one line, for text that cannot be read."""
+    if isinstance(dataset, dict):
+        return {name: self._as_ids(part, f"{description} ({name})") for name, part in dataset.items()}
+    if not isinstance(dataset, Dataset) or not has_text(dataset.column_names):
+        return dataset
+    name, sides = f"the {(description or 'given').lower()} set", ("tgt", "en") if "x_en" in self.limits.fields else ("tgt",)
+    if not isinstance(self.processing_class, PreTrainedTokenizerBase):
+        raise ParamsError(f"{name}: has columns of text, but processing_class is no tokenizer that could read them; give one")
+    try:
+        with self.args.main_process_first(desc="tokenise"):
+            return text_to_ids(dataset, self.processing_class, self.template, self.limits.max_length, sides)
+    except ParamsError as error:
+        raise ParamsError(f"{name}: {error}") from None
 
 
 @patch
@@ -530,9 +553,39 @@ def export(self: DSFTTrainer, directory: str | Path) -> None:
     if hasattr(self.model, "merge_and_unload"):
         self.model = self.model.merge_and_unload()
     self._save_plain(directory)
+    if self.is_world_process_zero():
+        self._write_card(directory, Path(directory).name)
 
 
 @patch
 def _save_plain(self: DSFTTrainer, directory: str | Path) -> None:
     self.save_model(str(directory))
     (Path(directory) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing needs
+
+# %% ../nbs/19_trainer.ipynb #5ecbdd87
+_RUN_TIMES = ("runtime", "_per_second")
+
+
+@patch
+def _write_card(self: DSFTTrainer, directory: str | Path, name: str, **metadata: Any) -> None:
+    """Write the model card of what was trained; `metadata` as for `dsft.card.card`."""
+    args, base = self.args, of_base(named) if (named := getattr(self.model, "name_or_path", "")) else {}
+    last = {key: value for entry in self.state.log_history for key, value in entry.items() if key.startswith(("loss", "eval_")) and not key.endswith(_RUN_TIMES)}
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = f"{len(self.train_dataset):,} examples" if hasattr(self.train_dataset, "__len__") else "Examples"
+    sections = {
+        "Data": f"{rows} of a query and an answer in the target language" + (" and in English." if "x_en" in self.limits.fields else ".") + (f" Template {self.template}." if self.template else ""),
+        "Method": method_in_words(self.supervisions),
+        "Training": f"{self.state.global_step} steps of {batch} examples, learning rate {args.learning_rate:g} ({args.lr_scheduler_type.value}), seed {args.seed}.",
+        "Scores": "".join(["| | last logged |\n|---|---|\n", *(f"| {key} | {value:.4f} |\n" for key, value in last.items() if isinstance(value, float))]) if last else "None logged.",
+        "Provenance": f"Trained with {PACKAGE}'s DSFTTrainer; {', '.join(f'{name} {number}' for name, number in versions().items())}.",
+    }
+    write_card(directory, card_text(name, f"{base.get('base_model', 'A model without a name')}, fine-tuned by {PACKAGE}.", sections), **{**base, "tags": ["multilingual"], **metadata})
+
+
+@patch
+def create_model_card(self: DSFTTrainer, model_name: str | None = None, dataset: Any = None, **metadata: Any) -> None:
+    """Write the model card into `args.output_dir`; `metadata` (language, license, tags, ...) go into its header, see `dsft.card.card`."""
+    if self.is_world_process_zero():
+        datasets = {"datasets": dataset} if dataset else {}
+        self._write_card(self.args.output_dir, model_name or Path(self.args.output_dir).name, **datasets, **metadata)

@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from .backbone import max_positions
+from .card import write_run_card
 from .data import parallel_pairs, pattern_rows, prompt_ids, rows_digest, tokenize
 from .files import ParamsError, check_intact, clear_temporary, damage, digest, from_hub, load_model, provenance
 from .files import read_rows, replacing, seal, write_json, write_jsonl, writing
@@ -368,7 +369,7 @@ def fine_tune(run: Run) -> DSFTTrainer:
 
 # %% ../nbs/20_training.ipynb #3135e084
 def save_training(run: Run, trainer: DSFTTrainer, started: float, command: str) -> None:
-    """Save what a run's training leaves: the model with its provenance, then the log.
+    """Save what a run's training leaves: the model with its provenance and its card, then the log.
 
     To be called on every process: all take part in gathering a sharded model, the first one writes.
     """
@@ -391,6 +392,7 @@ def save_training(run: Run, trainer: DSFTTrainer, started: float, command: str) 
             "computed_in": "bfloat16" if trainer.args.bf16 else "float32",
         }
         (folder / "provenance.json").write_text(json.dumps(provenance(command, started, **origin) | steps, indent=1) + "\n", encoding="utf-8")
+        write_run_card(run, folder)
         seal(folder)
     several = len(logs) > 1
     write_jsonl(run.training_folder / "train_log.jsonl", [entry | ({"stage": n} if several else {}) for n, log in enumerate(logs, 1) for entry in log])

@@ -26,7 +26,7 @@ from dsft.prompts import TEMPLATES
 from dsft.settings import DataParams
 
 GPT4 = Regex(r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-PROMPTS = [TEMPLATES[name].prompt("删除线？ How <b>old</b> is it", blank) for name in TEMPLATES for blank in ("", "  two spaces\nand a line")]
+PROMPTS = [TEMPLATES[name].prompt("删除线？ How <b>old</b> is it", blank) for name in ("alpaca", "plain") for blank in ("", "  two spaces\nand a line")]
 PROMPTS += ["<s> is a tag, </s> its end.\n", " a space in front:", "café ﬁ 你好吗？\n"]
 ANSWERS = ["It is red.", "很好", "<s>旧价</s> 新价 </s> 完", "1,234 €", "two\n\nlines ", "It's <pad> [SEP] <|endoftext|><|im_end|>."]
 
