@@ -32,7 +32,7 @@ SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quote
 
 study: .venv/installed
 	@dsft_check $(call quoted,$(STUDY))
-	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host || dsft_failures $(call quoted,$(STUDY))
+	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host progress reason || dsft_failures $(call quoted,$(STUDY))
 	@dsft_headline $(call quoted,$(STUDY))
 
 study-plan: .venv/installed
