@@ -6,7 +6,7 @@ PROFILE ?= local
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Progress bars are text, so that they show in the terminal that runs the notebooks; without widgets tqdm says so at every import.
+# Progress bars are text, so that they show in the terminal that runs a notebook or in the file beside it; without widgets tqdm says so at every import.
 export PYTHONWARNINGS := ignore:IProgress not found
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1

@@ -130,7 +130,7 @@ def execute(
             raise SystemExit(f"\n{error}\ndsft: {shown} failed, see above; it is left as it was") from None
         print(f"{time.monotonic() - started:.0f} s", flush=True)
 
-# %% ../nbs/28_notebooks.ipynb #828ac938
+# %% ../nbs/28_notebooks.ipynb #50754ef9
 def readme_text(notebook: str | Path) -> str:
     """What README.md says: an executed notebook of the folder nbs/ as Markdown."""
     text = MarkdownExporter(config={"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide_input"}}}).from_filename(str(notebook))[0]
