@@ -185,8 +185,8 @@ def test_paired_comparison(project):
     assert (xquad.difference, xcopa.difference) == (2.0, 1.0)
     assert 0 < xquad.low < 2 < xquad.high < 6 and 0 < xcopa.low < 1 < xcopa.high < 3
     assert list(comparison["p_holm"]) == pytest.approx(list(holm(comparison["p"])))
-    assert "1.5 points above TFT, and above in 2 of 2 cells" in verdict(comparison, load_study("toy"))
-    assert "significantly above in 2 and significantly below in 0" in verdict(comparison, load_study("toy"))
+    assert "1.5 points above TFT; it is above in 2 of 2 cells" in verdict(comparison, load_study("toy"))
+    assert "significantly above in 2 and below in 0" in verdict(comparison, load_study("toy"))
 
 
 def test_bootstrap_against_one_written_as_a_loop():
@@ -559,7 +559,7 @@ def test_bits_of_a_study_and_of_one_that_has_none(measured):
     assert {p.name for p in folder.iterdir()} == {f"{name}.{kind}" for name in ("bits", "bits_against_tft", "bits_english") for kind in ("csv", "md")}
     table = pd.read_csv(folder / "bits.csv")
     assert set(table["metric"]) == {"bits_per_byte"} and set(table["dataset"]) == {"xquad", "xcopa", "instructions"}
-    assert "and below in 2 of 3 cells" in shown  # the instructions are alike
+    assert "it is below in 2 of 3 cells" in shown  # the instructions are alike
     english = pd.read_csv(folder / "bits_english.csv").set_index(["target", "method", "dataset"])["change"]
     assert english["zh", "tft", "xquad"] == pytest.approx(-0.24, abs=0.01) and english["zh", "tft", "instructions"] == 0
     assert "after TFT the right English answers take 0.1" in shown and "bits a byte less than before" in shown
