@@ -24,6 +24,7 @@ from dsft.files import ParamsError, contents, digest, located, made_by, writing
 from dsft.kernels import start_server
 from dsft.methods import Ask
 from dsft.metrics import INSTRUCTIONS
+from dsft.progress import watch
 from dsft.study import load_study
 
 STUDY = str(config.get("study", "micro"))
@@ -105,6 +106,12 @@ if workflow.is_main_process and not workflow.dryrun:
         sys.exit(f"dsft: study {study.name} is already running (it holds {folder}/.lock); wait for it or stop it")
 
 
+if workflow.is_main_process and not workflow.dryrun:
+    watch(workflow)
+
+os.environ.setdefault("TQDM_MININTERVAL", "1")  # the bars of the jobs go into files, and are looked at now and again
+
+
 # The notebooks run in processes forked from one that has imported what they import; it lives as long as Snakemake.
 WARM = ["dsft.selection", "dsft.tasks", "dsft.training", "dsft.report", "transformers.models.llama.modeling_llama", "transformers.models.gemma2.modeling_gemma2"]
 servers = []
@@ -122,22 +129,28 @@ wildcard_constraints:
     seed=r"\d+",
 
 
-def notebook(**parameters):
-    """The command that executes a rule's notebook for the study; its executed copy is the rule's log, its progress bars go to the terminal.
+def notebook(*more, **parameters):
+    """The command that executes a rule's notebook for the study; its logs are the executed copy and what it writes to its terminal.
 
-    `parameters` name what Snakemake fills in, each quoted for the shell.
+    `parameters` name what Snakemake fills in, each quoted for the shell; `more` is more of the command.
     """
-    given = "".join(f" -r {key} {{{value}:q}}" for key, value in {"study": "STUDY", **parameters}.items())
-    return f"OMP_NUM_THREADS={{threads}} python -m dsft.kernels {{input.notebook}} {{log:q}} --no-progress-bar --stderr-file /dev/stderr{given}"
+    given = " ".join([*(f"-r {key} {{{value}:q}}" for key, value in {"study": "STUDY", **parameters}.items()), *more])
+    command = f"OMP_NUM_THREADS={{threads}} python -m dsft.kernels {{input.notebook}} {{log[0]:q}} --no-progress-bar --stderr-file /dev/stderr {given}"
+    return f"set -o pipefail; {command} 2>&1 | cat > {{log[1]:q}}"
 
 
-SEED = " -p seed {wildcards.seed}"
+def logs(stem):
+    """The two logs of a rule that executes a notebook."""
+    return [f"{stem}.ipynb", f"{stem}.stderr"]
+
+
+SEED = "-p seed {wildcards.seed}"
 OF_A_RUN = dict(model="wildcards.model", lang="wildcards.lang", method="wildcards.method")
-TRAIN = notebook(**OF_A_RUN | {"lang": "params.lang"}) + SEED
+TRAIN = notebook(SEED, **OF_A_RUN | {"lang": "params.lang"})
 if study.train.launch:  # on several processes: the same training without its notebook
     TRAIN = (
-        "set -o pipefail; accelerate launch --config_file {study.train.launch:q} -m dsft.training {STUDY:q} --model={wildcards.model:q}"
-        " --lang {params.lang:q} --method {wildcards.method:q} --seed {wildcards.seed} 2>&1 | tee {log:q}"
+        "accelerate launch --config_file {study.train.launch:q} -m dsft.training {STUDY:q} --model={wildcards.model:q}"
+        " --lang {params.lang:q} --method {wildcards.method:q} --seed {wildcards.seed} > {log:q} 2>&1"
     )
 
 
@@ -257,7 +270,7 @@ for number, name in enumerate(study.models, 1):
             output:
                 [os.path.relpath(Path(made) / file) for file in BASE],
             log:
-                f"{folder}/{name}/{step}.ipynb",
+                *logs(f"{folder}/{name}/{step}"),
             resources:
                 mem_mb=8_000,
                 runtime=240,
@@ -278,7 +291,7 @@ rule select_layers:
         f"{folder}/{{model}}/{{lang}}/layers.json",
         f"{folder}/{{model}}/{{lang}}/layers_provenance.json",
     log:
-        f"{folder}/{{model}}/{{lang}}/select_layers.ipynb",
+        *logs(f"{folder}/{{model}}/{{lang}}/select_layers"),
     resources:
         **needs((4_000, 60, 0), (64_000, 240, 0)),
     params:
@@ -298,7 +311,7 @@ rule recipe_rows:
         f"{RUN}/recipe_rows.jsonl",
         f"{RUN}/recipe_rows_report.json",
     log:
-        f"{RUN}/recipe_rows.ipynb",
+        *logs(f"{RUN}/recipe_rows"),
     resources:
         **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
@@ -306,7 +319,7 @@ rule recipe_rows:
         base=lambda w: found_base(w.model),
         code=lambda w: code("nbs/experiments/recipe_rows.ipynb", trainings[tuple(w)].method.recipes),
     shell:
-        notebook(**OF_A_RUN) + SEED
+        notebook(SEED, **OF_A_RUN)
 
 
 rule select_rows:
@@ -316,7 +329,7 @@ rule select_rows:
     output:
         f"{RUN}/selected_rows.json",
     log:
-        f"{RUN}/select_rows.ipynb",
+        *logs(f"{RUN}/select_rows"),
     resources:
         **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
@@ -326,7 +339,7 @@ rule select_rows:
         base=lambda w: found_base(w.model),
         code=code("nbs/experiments/select_rows.ipynb"),
     shell:
-        notebook(**OF_A_RUN | {"lang": "params.lang"}) + SEED
+        notebook(SEED, **OF_A_RUN | {"lang": "params.lang"})
 
 
 added_up = sorted({run.method.name for run in trainings.values() if run.method.weights})
@@ -340,7 +353,7 @@ if added_up:
         output:
             directory(f"{RUN}/model"),
         log:
-            f"{RUN}/combine.ipynb",
+            *logs(f"{RUN}/combine"),
         wildcard_constraints:
             method="|".join(added_up),
         resources:
@@ -351,7 +364,7 @@ if added_up:
             base=lambda w: [found_base(model) for model in (w.model, *(needed.model for needed in trainings[tuple(w)].needs.values()))],
             code=code("nbs/experiments/combine.ipynb"),
         shell:
-            notebook(**OF_A_RUN | {"lang": "params.lang"}) + SEED
+            notebook(SEED, **OF_A_RUN | {"lang": "params.lang"})
 
 
 rule train:
@@ -366,7 +379,7 @@ rule train:
         f"{RUN}/train_log.jsonl",
         f"{RUN}/data_report.json",
     log:
-        f"{RUN}/train.{'log' if study.train.launch else 'ipynb'}",
+        *([f"{RUN}/train.log"] if study.train.launch else logs(f"{RUN}/train")),
     wildcard_constraints:
         method="|".join(dict.fromkeys(run.method.name for run in trainings.values() if run.method.stages)),
     threads: PROCESSES
@@ -397,7 +410,7 @@ rule evaluate:
     output:
         [f"{RUN}/{name}" for name in EVALUATION],
     log:
-        f"{RUN}/evaluate.ipynb",
+        *logs(f"{RUN}/evaluate"),
     resources:
         **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
@@ -406,7 +419,7 @@ rule evaluate:
         base=lambda w: "" if runs[tuple(w)].method.made else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),
     shell:
-        notebook(**OF_A_RUN) + SEED
+        notebook(SEED, **OF_A_RUN)
 
 
 # All that the evaluations wrote, by content: what every analysis waits for, and made again when one of them changes. With each file an input of each of sixteen analyses, thousands of
@@ -439,7 +452,7 @@ for name, outputs in ANALYSES.items():
         output:
             [f"{figures}/{output}" for output in outputs],
         log:
-            f"{folder}/analysis/{name}.ipynb",
+            *logs(f"{folder}/analysis/{name}"),
         resources:
             mem_mb=8_000,
             runtime=60,
