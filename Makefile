@@ -1,4 +1,4 @@
-# make study [STUDY=name] [CORES=n] [PROFILE=slurm] · make study-plan · make rehearse · make test · make cases · make faults · make audit · make notebooks · make lab · make bases · make model-gemma3 · make bench · make readme
+# make study [STUDY=name] [CORES=n] [PROFILE=slurm] · make study-plan · make rehearse · make test · make cases · make faults · make audit · make notebooks · make lab · make test-lab · make docs · make explorer · make bases · make model-gemma3 · make bench · make readme
 # Every target sets up .venv by itself first.
 STUDY ?= micro
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -19,7 +19,7 @@ quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
 SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
 
-.PHONY: study study-plan rehearse test cases faults audit notebooks lab bases model-gemma3 readme bench
+.PHONY: study study-plan rehearse test cases faults audit notebooks lab test-lab docs explorer bases model-gemma3 readme bench
 .DEFAULT_GOAL := study
 
 # torch comes first and by itself: its CPU build is found before anything asks for another one.
@@ -58,6 +58,27 @@ notebooks: .venv/installed
 
 lab: .venv/installed
 	jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+# The picture of the explorer in the README, figures/explorer.png; trains params/explore.yaml if need be.
+explorer: .venv/installed
+	python -m dsft.explorer
+
+.venv/docs: .venv/installed docs/conf.py
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# A site of all notebooks as they are committed, in _docs/.
+docs: .venv/docs
+	sphinx-build --quiet --builder html --conf-dir docs nbs _docs
+	@echo "the site: _docs/index.html"
+
+.venv/lab: .venv/docs
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	@touch $@
+
+# JupyterLab and the site in the machine's own Chromium, headless; pictures in runs/lab/, to be looked at.
+test-lab: .venv/lab docs
+	DSFT_LAB=1 pytest tests/lab
 
 # README.md is rendered from nbs/index.ipynb, as it was last executed.
 readme: .venv/installed

@@ -22,7 +22,7 @@ setup(
     include_package_data=True,
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split(), "lora": ["peft>=0.17"], "bench": settings["bench_requirements"].split()},
+    extras_require={"lora": ["peft>=0.17"]} | {extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "bench", "docs", "lab")},
     entry_points={
         "console_scripts": settings.get("console_scripts", "").split(),
         "nbdev": [f"{settings['lib_name']}=dsft._modidx:d"],

@@ -24,9 +24,8 @@ html_static_path = [str(Path(jupyter_server_mathjax.__file__).parent / "static")
 mathjax_path = "MathJax.js"
 myst_update_mathjax = False
 mathjax2_config = {
-    "jax": ["input/TeX", "output/HTML-CSS"],
-    "extensions": ["tex2jax.js"],
-    "TeX": {"extensions": ["AMSmath.js", "AMSsymbols.js", "noErrors.js", "noUndefined.js"]},
+    "config": ["TeX-AMS-MML_HTMLorMML-full.js"],
+    "HTML-CSS": {"availableFonts": [], "preferredFont": None, "webFont": "STIX-Web", "imageFont": None},  # the one font that the package has
     "tex2jax": {"inlineMath": [["\\(", "\\)"]], "displayMath": [["\\[", "\\]"]], "processClass": "math", "ignoreClass": "document"},
     "messageStyle": "none",
 }
@@ -48,9 +47,10 @@ def contents() -> str:
     return "\n\n".join("\n".join(["```{toctree}", ":hidden:", ":glob:", f":caption: {caption}", "", *found, "```"]) for caption, found in pages.items() if found)
 
 
-def without_folders(text: str, folder: Path) -> str:
-    """Markdown in which links to folders, which are no pages, are plain text."""
-    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)\)", lambda link: link[1] if (folder / link[2]).is_dir() else link[0], text)
+def linked_pages_only(text: str, folder: Path) -> str:
+    """Markdown in which links to folders and to Markdown files, which are no pages of the site, are plain text."""
+    is_none = lambda path: path.is_dir() or path.suffix == ".md"
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)\)", lambda link: link[1] if is_none(folder / link[2]) else link[0], text)
 
 
 def as_page(app, docname: str, source: list[str]) -> None:
@@ -59,7 +59,7 @@ def as_page(app, docname: str, source: list[str]) -> None:
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cell["source"] = without_folders(text, folder)
+            cell["source"] = linked_pages_only(text, folder)
         elif re.search(r"^#\|\s*(hide|default_exp)", text, re.MULTILINE):
             continue
         else:
@@ -68,7 +68,7 @@ def as_page(app, docname: str, source: list[str]) -> None:
                 cell["metadata"]["tags"].append("remove-input")
             for output in cell.get("outputs", []):
                 if "text/markdown" in output.get("data", {}):
-                    output["data"]["text/markdown"] = without_folders("".join(output["data"]["text/markdown"]), folder)
+                    output["data"]["text/markdown"] = linked_pages_only("".join(output["data"]["text/markdown"]), folder)
         kept.append(cell)
     if docname == "index":
         kept.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents()})

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'COLORS', 'word_of', 'word_kind', 'vocabulary_kinds', 'token
            'Stages', 'stages', 'changes', 'shade', 'as_html', 'draw', 'model_folder', 'explorable', 'load_subject',
            'questions', 'Panel', 'trained_runs', 'picture']
 
-# %% ../nbs/27_explorer.ipynb #0ca5c15e
+# %% ../nbs/27_explorer.ipynb #b51bef7b
 import html
 import re
 from collections import Counter
@@ -36,7 +36,7 @@ from .selection import softmax_entropy
 from .settings import DataParams
 from .study import Run, Study, load_study
 
-# %% ../nbs/27_explorer.ipynb #43b3c177
+# %% ../nbs/27_explorer.ipynb #b800f54b
 KINDS = ("", "en", "target", "other")  # not said, English, the target language, another language
 _TELLING = 10.0  # how many times as often a word stands in its own language as in any other
 
@@ -57,7 +57,7 @@ def word_kind(text: str, lang: str, shares: Mapping[str, Mapping[str, float]]) -
     english, target = (not foreign(word, code) for code in ("en", lang))
     return "" if english and target else "en" if english else "target" if target else "other"
 
-# %% ../nbs/27_explorer.ipynb #d745a8cd
+# %% ../nbs/27_explorer.ipynb #42e23934
 @cache
 def _shipped_texts() -> dict[str, list[str]]:
     """Language -> the words and the pieces of phrasings that the package ships."""
@@ -81,7 +81,7 @@ def vocabulary_kinds(tokenizer: PreTrainedTokenizerBase, lang: str, vocab_size: 
         shares[code] = {word: n / words.total() for word, n in words.items()}
     return np.array([0 if token in special else KINDS.index(word_kind(text, lang, shares)) for token, text in enumerate(decoded)], dtype=np.int8)
 
-# %% ../nbs/27_explorer.ipynb #4a1c0372
+# %% ../nbs/27_explorer.ipynb #1416e540
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int, before: Sequence[int] = ()) -> str:
     """What a token says behind the tokens `before`: its own text, the letter that it completes, or an ellipsis for a part of a letter."""
     text = tokenizer.decode([token])
@@ -92,7 +92,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int, before: Sequence[
     added = whole[len(known.rstrip("\ufffd")) :]
     return "…" if "\ufffd" in added or not added else added
 
-# %% ../nbs/27_explorer.ipynb #334e3e1e
+# %% ../nbs/27_explorer.ipynb #b85290cd
 class Subject(NamedTuple):
     """A model to be asked, in a language and with a prompt template."""
 
@@ -111,7 +111,7 @@ class Reading(NamedTuple):
     """A row for each layer (0: the embeddings, L: the output) and position: `layer`, `position`, `part` (question or answer), `read` (the text of the token there), `token` (the likeliest next token by the lens),
     `says` (its text), `kind` (of it, one of KINDS), `probability` (of it), `entropy` (of the distribution, nats), and the probability that all tokens of a kind have together: `en`, `target`, `other`."""
 
-# %% ../nbs/27_explorer.ipynb #ef5696af
+# %% ../nbs/27_explorer.ipynb #8261bc09
 def _asked(subject: Subject, question: str, max_new_tokens: int) -> list[int]:
     """The token ids of a prompt. Raises `ParamsError`, one line, for a question that is none or that does not fit."""
     if not isinstance(question, str) or is_blank(question):
@@ -136,7 +136,7 @@ def _answered(subject: Subject, ids: Sequence[int], max_new_tokens: int) -> list
     ended = lambda n: said[n] == tokenizer.eos_token_id or stop in tokenizer.decode(said[: n + 1])
     return said[: next((n for n in range(len(said)) if ended(n)), len(said))]
 
-# %% ../nbs/27_explorer.ipynb #30734875
+# %% ../nbs/27_explorer.ipynb #db7a62ce
 @torch.no_grad()
 def read_layers(subject: Subject, question: str, max_new_tokens: int = 16) -> Reading:
     """Ask a question and read every layer through the LM head at every token of the question and of the answer.
@@ -169,7 +169,7 @@ def read_layers(subject: Subject, question: str, max_new_tokens: int = 16) -> Re
     table["kind"] = [KINDS[n] for n in kinds.cpu().numpy()[table["token"]]]
     return Reading(question.strip(), tokenizer.decode(answer, skip_special_tokens=True).strip(), table)
 
-# %% ../nbs/27_explorer.ipynb #a4300079
+# %% ../nbs/27_explorer.ipynb #b1470381
 class Stages(NamedTuple):
     """The languages of the likeliest tokens at one position, by layer; None where there is none."""
 
@@ -192,7 +192,7 @@ def stages(table: pd.DataFrame, position: int | None = None) -> Stages:
     target = 1 + max((k for k, kind in enumerate(kinds) if kind != "target"), default=-1)
     return Stages((first, last) if last >= 0 else None, target if target < len(kinds) else None)
 
-# %% ../nbs/27_explorer.ipynb #515ee525
+# %% ../nbs/27_explorer.ipynb #a1641dfe
 def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """Per layer, over the tokens of the question: `changed`, the share of positions that say another token, and the mean differences of `en`, `target` and `entropy` (nats), `table` minus `before`.
 
@@ -204,7 +204,7 @@ def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     difference = one[["en", "target", "entropy"]] - other[["en", "target", "entropy"]]
     return difference.assign(layer=one["layer"], changed=one["token"] != other["token"]).groupby("layer", as_index=False)[["changed", "en", "target", "entropy"]].mean()
 
-# %% ../nbs/27_explorer.ipynb #258733af
+# %% ../nbs/27_explorer.ipynb #c02ef005
 COLORS = {"en": STYLES["et_feature"].color, "target": STYLES["et_logits"].color, "other": "#cc79a7", "": "#d0d0d0"}
 
 
@@ -218,7 +218,7 @@ def _seen(text: str) -> str:
     """The text of a token with what is invisible made visible."""
     return text.strip() or ("⏎" if "\n" in text else "␣")
 
-# %% ../nbs/27_explorer.ipynb #67bff528
+# %% ../nbs/27_explorer.ipynb #da4ec2b6
 _CELL = "padding:2px 6px;border:1px solid #fff;text-align:center;white-space:nowrap;max-width:9em;overflow:hidden;text-overflow:ellipsis;color:#1a1a1a;"
 
 
@@ -258,7 +258,7 @@ def as_html(reading: Reading, lang: str, title: str = "", before: Reading | None
         f"<div style=\"font-size:12px\">{_key(lang)}{' · framed: another word than before' if before is not None else ''}</div></div>"
     )
 
-# %% ../nbs/27_explorer.ipynb #36ea9790
+# %% ../nbs/27_explorer.ipynb #e83d2542
 def draw(readings: Mapping[str, Reading], lang: str, columns: int = 7) -> plt.Figure:
     """A panel a reading, titled with its key: the last `columns` positions and, below, what English and the target language have together at the question's last token."""
     figure_style()
@@ -290,7 +290,7 @@ def draw(readings: Mapping[str, Reading], lang: str, columns: int = 7) -> plt.Fi
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
-# %% ../nbs/27_explorer.ipynb #6eb186bd
+# %% ../nbs/27_explorer.ipynb #4ea1dfc2
 def model_folder(run: Run) -> Path | None:
     """Where the model of a run lies on this disk, for a base that is not cut yet with its whole vocabulary; None where it does not."""
     try:
@@ -309,7 +309,7 @@ def explorable(studies: Sequence[str] | None = None) -> list[Run]:
         found |= {run.folder: run for run in (*bases, *study.all_runs()) if model_folder(run)}
     return list(found.values())
 
-# %% ../nbs/27_explorer.ipynb #90edb559
+# %% ../nbs/27_explorer.ipynb #74c8fa23
 @lru_cache(maxsize=4)
 def _loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     check_intact(folder)
@@ -325,7 +325,7 @@ def load_subject(run: Run) -> Subject:
         raise ParamsError(f"{run.trained}: there is no model; train it with: {run.command('train')}")
     return Subject(*_loaded(folder), run.lang, TEMPLATES[run.study.data.template])
 
-# %% ../nbs/27_explorer.ipynb #99989d1e
+# %% ../nbs/27_explorer.ipynb #cda06eaa
 def questions(study: Study, lang: str, count: int = 6) -> list[str]:
     """Some questions in a language, without a template: the study's own where its data are files on this disk or made here, else the microcosm's; empty where there are neither."""
     tables = study.data.files.values()
@@ -337,7 +337,7 @@ def questions(study: Study, lang: str, count: int = 6) -> list[str]:
     rows = rows or (load_parallel(DataParams(), known, seed=1000) if known else [])
     return [row["x_tgt"].strip() for row in rows][:count]
 
-# %% ../nbs/27_explorer.ipynb #18e8689a
+# %% ../nbs/27_explorer.ipynb #1c88621c
 def _result(run: Run, other: Run | None, question: str) -> str:
     """The page of one run, or of two side by side, or in one line why there is none."""
     try:
@@ -399,7 +399,7 @@ class Panel(widgets.VBox):
         if not self._quiet:
             self.page.value = _result(self.method.value, self.other.value, self.question.value)
 
-# %% ../nbs/27_explorer.ipynb #b46e8e5e
+# %% ../nbs/27_explorer.ipynb #e9462a49
 def trained_runs(study: Study, model: str, lang: str, methods: Sequence[str]) -> dict[str, Run]:
     """Title of a method -> its run with the first seed; what is not trained yet is trained now, by nbs/experiments/train.ipynb."""
     runs = [study.run(model, lang, method, study.seeds[0]) for method in methods]
@@ -421,8 +421,8 @@ def picture(
     try:
         loaded = load_study(study)
         model, lang = model or next(iter(loaded.models)), lang or loaded.languages[0]
-        question = question or next(iter(questions(loaded, lang)[1:]), "")
         runs = trained_runs(loaded, model, lang, ["base", "tft", "dsft_logits"])
+        question = question or next(iter(questions(loaded, lang)[1:]), "")
         readings = {title: read_layers(load_subject(run), question) for title, run in runs.items()}
     except (ParamsError, UnsupportedArchitecture) as error:
         raise SystemExit(f"dsft: {error}") from None
