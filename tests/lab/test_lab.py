@@ -63,10 +63,10 @@ def lab(project, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    command = ["jupyter", "lab", "--LabApp.default_url=/lab/tree/nbs/index.ipynb", "--no-browser", "--allow-root", f"--port={port}", f"--IdentityProvider.token={token}"]
+    command = [sys.executable, "-m", "jupyterlab", "--LabApp.default_url=/lab/tree/nbs/index.ipynb", "--no-browser", "--allow-root", f"--port={port}", f"--IdentityProvider.token={token}"]
     env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(settings)}
     log = (PICTURES / "jupyter.log").open("w")
-    server = subprocess.Popen([sys.executable, "-m", *command[:1], *command[1:]], cwd=project, env=env, stdout=log, stderr=log)
+    server = subprocess.Popen(command, cwd=project, env=env, stdout=log, stderr=log)
     try:
         for _ in range(120):
             try:
@@ -96,11 +96,19 @@ def run_all(browser, lab, project: Path, notebook: str, minutes: int):
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
     page.goto(lab(notebook))
     page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for(timeout=2 * MINUTES)
-    page.locator(".jp-NotebookPanel-toolbar .jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=3 * MINUTES)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(state="attached", timeout=3 * MINUTES)
+    page.wait_for_timeout(5000)  # the kernel may be started twice
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    code = "[...document.querySelectorAll('.jp-NotebookPanel .jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim())"
-    page.wait_for_function(f"{code}.every(text => /^\\[\\d+\\]:$/.test(text)) || document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')", timeout=minutes * MINUTES, polling=1000)
+    prompts = "[...document.querySelectorAll('.jp-NotebookPanel .jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim())"
+    over = f"{prompts}.every(text => /^\\[\\d+\\]:$/.test(text)) || !!document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')"
+    for _ in range(minutes * 12):
+        page.wait_for_timeout(5000)
+        if page.evaluate(over):
+            break
+    else:
+        page.screenshot(path=PICTURES / f"{Path(notebook).stem}-unfinished.png")
+        pytest.fail(f"{notebook}: not done after {minutes} minutes: {page.evaluate(prompts)}")
     page.wait_for_timeout(2000)
     page.keyboard.press("Control+s")
     page.wait_for_timeout(2000)
