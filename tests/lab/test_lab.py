@@ -81,14 +81,20 @@ def lab(project, tmp_path_factory):
         log.close()
 
 
-def photograph(page, name: str, height: int, step: int = 1400) -> None:
-    """Pictures of a page of that height, one below the other: runs/lab/<name>-1.png, ..."""
-    page.set_viewport_size({"width": 1300, "height": min(height, 14_000)})
+HIGHEST, STEP, WIDTH = 14_000, 1400, 1300  # pixels
+
+
+def photograph(page, name: str, scrolls: str, last: str) -> None:
+    """Pictures of a page, one below the other, runs/lab/<name>-1.png, ...: of what `scrolls`, from its top to the end of the last element that is `last`."""
+    height = f"Math.max(1000, ...[...document.querySelectorAll({last!r})].map(e => e.getBoundingClientRect().bottom + 40))"
+    page.set_viewport_size({"width": WIDTH, "height": HIGHEST})
+    page.evaluate(f"document.querySelectorAll({scrolls!r}).forEach(e => e.scrollTop = 0)")
     page.wait_for_timeout(1500)
+    height = int(min(HIGHEST, page.evaluate(height)))
     for old in PICTURES.glob(f"{name}-*.png"):
         old.unlink()
-    for n, top in enumerate(range(0, min(height, 14_000), step), 1):
-        page.screenshot(path=PICTURES / f"{name}-{n}.png", clip={"x": 0, "y": top, "width": 1300, "height": min(step, height - top)})
+    for n, top in enumerate(range(0, height, STEP), 1):
+        page.screenshot(path=PICTURES / f"{name}-{n}.png", clip={"x": 0, "y": top, "width": WIDTH, "height": min(STEP, height - top)})
 
 
 def run_all(browser, lab, project: Path, notebook: str, minutes: int):
@@ -114,9 +120,7 @@ def run_all(browser, lab, project: Path, notebook: str, minutes: int):
     page.wait_for_timeout(2000)
     cells = [cell for cell in nbformat.read(project / notebook, as_version=4).cells if cell.cell_type == "code"]
     errors = ["\n".join(output.traceback) for cell in cells for output in cell.outputs if output.output_type == "error"]
-    name = Path(notebook).stem
-    height = page.evaluate("Math.max(...[...document.querySelectorAll('.jp-NotebookPanel .jp-WindowedPanel-outer')].map(e => e.scrollHeight))")
-    photograph(page, name, height + 150)
+    photograph(page, Path(notebook).stem, ".jp-NotebookPanel .jp-WindowedPanel-outer", ".jp-NotebookPanel .jp-Cell")
     assert not errors, errors[0]
     return page
 
@@ -212,5 +216,5 @@ def test_a_page_of_the_site_loads_nothing_from_elsewhere(browser, site, name):
         assert not page.locator(".MathJax_Error, .merror").count()
     assert not [address for address in asked if not address.startswith(("file:", "data:", "about:"))]
     assert not broken_pictures(page)
-    photograph(page, f"site-{name.replace('/', '-')}", page.evaluate("document.documentElement.scrollHeight"))
+    photograph(page, f"site-{name.replace('/', '-')}", "html", "article")
     page.close()
