@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'COLORS', 'word_of', 'word_kind', 'vocabulary_kinds', 'token
            'Stages', 'stages', 'changes', 'shade', 'as_html', 'draw', 'model_folder', 'explorable', 'load_subject',
            'questions', 'Panel', 'trained_runs', 'picture']
 
-# %% ../nbs/27_explorer.ipynb #481aed62
+# %% ../nbs/27_explorer.ipynb #d0e0c073
 import html
 import re
 from collections import Counter
@@ -36,7 +36,7 @@ from .selection import softmax_entropy
 from .settings import DataParams
 from .study import Run, Study, load_study
 
-# %% ../nbs/27_explorer.ipynb #008a966e
+# %% ../nbs/27_explorer.ipynb #390ea4f2
 KINDS = ("", "en", "target", "other")  # not said, English, the target language, another language
 _TELLING = 10.0  # how many times as often a word stands in its own language as in any other
 
@@ -57,7 +57,7 @@ def word_kind(text: str, lang: str, shares: Mapping[str, Mapping[str, float]]) -
     english, target = (not foreign(word, code) for code in ("en", lang))
     return "" if english and target else "en" if english else "target" if target else "other"
 
-# %% ../nbs/27_explorer.ipynb #45f9563a
+# %% ../nbs/27_explorer.ipynb #15f3457b
 @cache
 def _shipped_texts() -> dict[str, list[str]]:
     """Language -> the words and the pieces of phrasings that the package ships."""
@@ -81,7 +81,7 @@ def vocabulary_kinds(tokenizer: PreTrainedTokenizerBase, lang: str, vocab_size: 
         shares[code] = {word: n / words.total() for word, n in words.items()}
     return np.array([0 if token in special else KINDS.index(word_kind(text, lang, shares)) for token, text in enumerate(decoded)], dtype=np.int8)
 
-# %% ../nbs/27_explorer.ipynb #91cddc8b
+# %% ../nbs/27_explorer.ipynb #be67bd48
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int, before: Sequence[int] = ()) -> str:
     """What a token says behind the tokens `before`: its own text, the letter that it completes, or an ellipsis for a part of a letter."""
     text = tokenizer.decode([token])
@@ -92,7 +92,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int, before: Sequence[
     added = whole[len(known.rstrip("\ufffd")) :]
     return "…" if "\ufffd" in added or not added else added
 
-# %% ../nbs/27_explorer.ipynb #0eab5f43
+# %% ../nbs/27_explorer.ipynb #4d0a6696
 class Subject(NamedTuple):
     """A model to be asked, in a language and with a prompt template."""
 
@@ -111,7 +111,7 @@ class Reading(NamedTuple):
     """A row for each layer (0: the embeddings, L: the output) and position: `layer`, `position`, `part` (question or answer), `read` (the text of the token there), `token` (the likeliest next token by the lens),
     `says` (its text), `kind` (of it, one of KINDS), `probability` (of it), `entropy` (of the distribution, nats), and the probability that all tokens of a kind have together: `en`, `target`, `other`."""
 
-# %% ../nbs/27_explorer.ipynb #fb3831ae
+# %% ../nbs/27_explorer.ipynb #43478541
 def _asked(subject: Subject, question: str, max_new_tokens: int) -> list[int]:
     """The token ids of a prompt. Raises `ParamsError`, one line, for a question that is none or that does not fit."""
     if not isinstance(question, str) or is_blank(question):
@@ -136,7 +136,7 @@ def _answered(subject: Subject, ids: Sequence[int], max_new_tokens: int) -> list
     ended = lambda n: said[n] == tokenizer.eos_token_id or stop in tokenizer.decode(said[: n + 1])
     return said[: next((n for n in range(len(said)) if ended(n)), len(said))]
 
-# %% ../nbs/27_explorer.ipynb #73dad3e9
+# %% ../nbs/27_explorer.ipynb #b2037d44
 @torch.no_grad()
 def read_layers(subject: Subject, question: str, max_new_tokens: int = 16) -> Reading:
     """Ask a question and read every layer through the LM head at every token of the question and of the answer.
@@ -169,7 +169,7 @@ def read_layers(subject: Subject, question: str, max_new_tokens: int = 16) -> Re
     table["kind"] = [KINDS[n] for n in kinds.cpu().numpy()[table["token"]]]
     return Reading(question.strip(), tokenizer.decode(answer, skip_special_tokens=True).strip(), table)
 
-# %% ../nbs/27_explorer.ipynb #aa620ada
+# %% ../nbs/27_explorer.ipynb #adb65b9c
 class Stages(NamedTuple):
     """The languages of the likeliest tokens at one position, by layer; None where there is none."""
 
@@ -192,7 +192,7 @@ def stages(table: pd.DataFrame, position: int | None = None) -> Stages:
     target = 1 + max((k for k, kind in enumerate(kinds) if kind != "target"), default=-1)
     return Stages((first, last) if last >= 0 else None, target if target < len(kinds) else None)
 
-# %% ../nbs/27_explorer.ipynb #5f8dbb35
+# %% ../nbs/27_explorer.ipynb #8cca6703
 def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """Per layer, over the tokens of the question: `changed`, the share of positions that say another token, and the mean differences of `en`, `target` and `entropy` (nats), `table` minus `before`.
 
@@ -204,7 +204,7 @@ def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     difference = one[["en", "target", "entropy"]] - other[["en", "target", "entropy"]]
     return difference.assign(layer=one["layer"], changed=one["token"] != other["token"]).groupby("layer", as_index=False)[["changed", "en", "target", "entropy"]].mean()
 
-# %% ../nbs/27_explorer.ipynb #218f6420
+# %% ../nbs/27_explorer.ipynb #938cbf2b
 COLORS = {"en": STYLES["et_feature"].color, "target": STYLES["et_logits"].color, "other": "#cc79a7", "": "#d0d0d0"}
 
 
@@ -218,16 +218,16 @@ def _seen(text: str) -> str:
     """The text of a token with what is invisible made visible."""
     return text.strip() or ("⏎" if "\n" in text else "␣")
 
-# %% ../nbs/27_explorer.ipynb #463d7549
+# %% ../nbs/27_explorer.ipynb #5c70287c
 _STYLE = """<style>
-.dsft-lens {overflow-x: auto; margin: 0.5em 0; background: #fff; color: #1a1a1a}
-.dsft-lens table {border-collapse: collapse; font-size: 12px; margin: 0}
-.dsft-lens table th, .dsft-lens table td {padding: 2px 6px; border: 1px solid #fff; text-align: center; white-space: nowrap; max-width: 9em; overflow: hidden; text-overflow: ellipsis; color: #1a1a1a; background: #fff}
-.dsft-lens table th.question {font-weight: normal}
-.dsft-lens table th.answer {border-bottom: 3px solid #1a1a1a}
-.dsft-lens table td.changed {outline: 2px solid #1a1a1a; outline-offset: -2px}
-.dsft-lens table td.entropy {text-align: left; max-width: none}
-.dsft-lens span {padding: 1px 6px; color: #1a1a1a; font-size: 12px}
+div.dsft-lens {overflow-x: auto; margin: 0.5em 0; background: #fff; color: #1a1a1a}
+div.dsft-lens.dsft-lens table {border-collapse: collapse; font-size: 11px; margin: 0; display: table; width: auto}
+div.dsft-lens.dsft-lens table th, div.dsft-lens.dsft-lens table td {padding: 2px 4px; border: 1px solid #fff; text-align: center; white-space: nowrap; max-width: 4.8em; overflow: hidden; text-overflow: ellipsis; color: #1a1a1a; background: #fff}
+div.dsft-lens.dsft-lens table th.question {font-weight: normal}
+div.dsft-lens.dsft-lens table th.answer {border-bottom: 3px solid #1a1a1a}
+div.dsft-lens.dsft-lens table td.changed {outline: 2px solid #1a1a1a; outline-offset: -2px}
+div.dsft-lens.dsft-lens table td.entropy {text-align: left; max-width: none; min-width: 6.5em}
+div.dsft-lens span {padding: 1px 6px; color: #1a1a1a; font-size: 11px}
 </style>"""
 
 
@@ -243,7 +243,7 @@ def _cell(row, changed: bool) -> str:
     return f'<td{frame} title="{html.escape(told)}" style="background:{shade(row.kind, row.probability)}"><bdi>{html.escape(_seen(row.says))}</bdi></td>'
 
 
-def as_html(reading: Reading, lang: str, title: str = "", before: Reading | None = None, columns: int = 20) -> str:
+def as_html(reading: Reading, lang: str, title: str = "", before: Reading | None = None, columns: int = 14) -> str:
     """The last `columns` positions of a reading as an HTML table, the output on top; cells of the question that say another token than in `before` have a frame."""
     table = reading.table[reading.table["position"] > reading.table["position"].max() - columns]
     marked = set()
@@ -263,7 +263,7 @@ def as_html(reading: Reading, lang: str, title: str = "", before: Reading | None
         f"<table><tr><th>layer</th>{head}<th>entropy (nats)</th></tr>{''.join(rows)}</table>{_key(lang)}{framed}</div>"
     )
 
-# %% ../nbs/27_explorer.ipynb #db5390a7
+# %% ../nbs/27_explorer.ipynb #0c8360b4
 def draw(readings: Mapping[str, Reading], lang: str, columns: int = 7) -> plt.Figure:
     """A panel a reading, titled with its key: the last `columns` positions and, below, what English and the target language have together at the question's last token."""
     figure_style()
@@ -295,7 +295,7 @@ def draw(readings: Mapping[str, Reading], lang: str, columns: int = 7) -> plt.Fi
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
-# %% ../nbs/27_explorer.ipynb #a5d10dad
+# %% ../nbs/27_explorer.ipynb #dd7c93b2
 def model_folder(run: Run) -> Path | None:
     """Where the model of a run lies on this disk, for a base that is not cut yet with its whole vocabulary; None where it does not."""
     try:
@@ -314,7 +314,7 @@ def explorable(studies: Sequence[str] | None = None) -> list[Run]:
         found |= {run.folder: run for run in (*bases, *study.all_runs()) if model_folder(run)}
     return list(found.values())
 
-# %% ../nbs/27_explorer.ipynb #649cbda3
+# %% ../nbs/27_explorer.ipynb #e33666a4
 @lru_cache(maxsize=4)
 def _loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     check_intact(folder)
@@ -330,7 +330,7 @@ def load_subject(run: Run) -> Subject:
         raise ParamsError(f"{run.trained}: there is no model; train it with: {run.command('train')}")
     return Subject(*_loaded(folder), run.lang, TEMPLATES[run.study.data.template])
 
-# %% ../nbs/27_explorer.ipynb #ccc4b4ff
+# %% ../nbs/27_explorer.ipynb #b8fb1aa1
 def questions(study: Study, lang: str, count: int = 6) -> list[str]:
     """Some questions in a language, without a template: the study's own where its data are files on this disk or made here, else the microcosm's; empty where there are neither."""
     tables = study.data.files.values()
@@ -342,7 +342,7 @@ def questions(study: Study, lang: str, count: int = 6) -> list[str]:
     rows = rows or (load_parallel(DataParams(), known, seed=1000) if known else [])
     return [row["x_tgt"].strip() for row in rows][:count]
 
-# %% ../nbs/27_explorer.ipynb #1c060866
+# %% ../nbs/27_explorer.ipynb #c7b783ec
 def _result(run: Run, other: Run | None, question: str) -> str:
     """The page of one run, or of two side by side, or in one line why there is none."""
     try:
@@ -404,7 +404,7 @@ class Panel(widgets.VBox):
         if not self._quiet:
             self.page.value = _result(self.method.value, self.other.value, self.question.value)
 
-# %% ../nbs/27_explorer.ipynb #031733cf
+# %% ../nbs/27_explorer.ipynb #b71f25dd
 def trained_runs(study: Study, model: str, lang: str, methods: Sequence[str]) -> dict[str, Run]:
     """Title of a method -> its run with the first seed; what is not trained yet is trained now, by nbs/experiments/train.ipynb."""
     runs = [study.run(model, lang, method, study.seeds[0]) for method in methods]
