@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'COLORS', 'word_of', 'word_kind', 'vocabulary_kinds', 'token
            'Stages', 'stages', 'changes', 'shade', 'as_html', 'draw', 'model_folder', 'explorable', 'load_subject',
            'questions', 'Panel', 'trained_runs', 'picture']
 
-# %% ../nbs/27_explorer.ipynb #d0e0c073
+# %% ../nbs/27_explorer.ipynb #2c0cd809
 import html
 import re
 from collections import Counter
@@ -36,7 +36,7 @@ from .selection import softmax_entropy
 from .settings import DataParams
 from .study import Run, Study, load_study
 
-# %% ../nbs/27_explorer.ipynb #390ea4f2
+# %% ../nbs/27_explorer.ipynb #2cf7e7ce
 KINDS = ("", "en", "target", "other")  # not said, English, the target language, another language
 _TELLING = 10.0  # how many times as often a word stands in its own language as in any other
 
@@ -57,7 +57,7 @@ def word_kind(text: str, lang: str, shares: Mapping[str, Mapping[str, float]]) -
     english, target = (not foreign(word, code) for code in ("en", lang))
     return "" if english and target else "en" if english else "target" if target else "other"
 
-# %% ../nbs/27_explorer.ipynb #15f3457b
+# %% ../nbs/27_explorer.ipynb #370f0aa6
 @cache
 def _shipped_texts() -> dict[str, list[str]]:
     """Language -> the words and the pieces of phrasings that the package ships."""
@@ -81,7 +81,7 @@ def vocabulary_kinds(tokenizer: PreTrainedTokenizerBase, lang: str, vocab_size: 
         shares[code] = {word: n / words.total() for word, n in words.items()}
     return np.array([0 if token in special else KINDS.index(word_kind(text, lang, shares)) for token, text in enumerate(decoded)], dtype=np.int8)
 
-# %% ../nbs/27_explorer.ipynb #be67bd48
+# %% ../nbs/27_explorer.ipynb #41fc65c7
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int, before: Sequence[int] = ()) -> str:
     """What a token says behind the tokens `before`: its own text, the letter that it completes, or an ellipsis for a part of a letter."""
     text = tokenizer.decode([token])
@@ -92,7 +92,7 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int, before: Sequence[
     added = whole[len(known.rstrip("\ufffd")) :]
     return "…" if "\ufffd" in added or not added else added
 
-# %% ../nbs/27_explorer.ipynb #4d0a6696
+# %% ../nbs/27_explorer.ipynb #69f3e3e8
 class Subject(NamedTuple):
     """A model to be asked, in a language and with a prompt template."""
 
@@ -111,7 +111,7 @@ class Reading(NamedTuple):
     """A row for each layer (0: the embeddings, L: the output) and position: `layer`, `position`, `part` (question or answer), `read` (the text of the token there), `token` (the likeliest next token by the lens),
     `says` (its text), `kind` (of it, one of KINDS), `probability` (of it), `entropy` (of the distribution, nats), and the probability that all tokens of a kind have together: `en`, `target`, `other`."""
 
-# %% ../nbs/27_explorer.ipynb #43478541
+# %% ../nbs/27_explorer.ipynb #c56bef14
 def _asked(subject: Subject, question: str, max_new_tokens: int) -> list[int]:
     """The token ids of a prompt. Raises `ParamsError`, one line, for a question that is none or that does not fit."""
     if not isinstance(question, str) or is_blank(question):
@@ -136,7 +136,7 @@ def _answered(subject: Subject, ids: Sequence[int], max_new_tokens: int) -> list
     ended = lambda n: said[n] == tokenizer.eos_token_id or stop in tokenizer.decode(said[: n + 1])
     return said[: next((n for n in range(len(said)) if ended(n)), len(said))]
 
-# %% ../nbs/27_explorer.ipynb #b2037d44
+# %% ../nbs/27_explorer.ipynb #d2491443
 @torch.no_grad()
 def read_layers(subject: Subject, question: str, max_new_tokens: int = 16) -> Reading:
     """Ask a question and read every layer through the LM head at every token of the question and of the answer.
@@ -169,7 +169,7 @@ def read_layers(subject: Subject, question: str, max_new_tokens: int = 16) -> Re
     table["kind"] = [KINDS[n] for n in kinds.cpu().numpy()[table["token"]]]
     return Reading(question.strip(), tokenizer.decode(answer, skip_special_tokens=True).strip(), table)
 
-# %% ../nbs/27_explorer.ipynb #adb65b9c
+# %% ../nbs/27_explorer.ipynb #428b37ac
 class Stages(NamedTuple):
     """The languages of the likeliest tokens at one position, by layer; None where there is none."""
 
@@ -192,7 +192,7 @@ def stages(table: pd.DataFrame, position: int | None = None) -> Stages:
     target = 1 + max((k for k, kind in enumerate(kinds) if kind != "target"), default=-1)
     return Stages((first, last) if last >= 0 else None, target if target < len(kinds) else None)
 
-# %% ../nbs/27_explorer.ipynb #8cca6703
+# %% ../nbs/27_explorer.ipynb #4bce6cb5
 def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     """Per layer, over the tokens of the question: `changed`, the share of positions that say another token, and the mean differences of `en`, `target` and `entropy` (nats), `table` minus `before`.
 
@@ -204,7 +204,7 @@ def changes(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     difference = one[["en", "target", "entropy"]] - other[["en", "target", "entropy"]]
     return difference.assign(layer=one["layer"], changed=one["token"] != other["token"]).groupby("layer", as_index=False)[["changed", "en", "target", "entropy"]].mean()
 
-# %% ../nbs/27_explorer.ipynb #938cbf2b
+# %% ../nbs/27_explorer.ipynb #d61b14a7
 COLORS = {"en": STYLES["et_feature"].color, "target": STYLES["et_logits"].color, "other": "#cc79a7", "": "#d0d0d0"}
 
 
@@ -218,7 +218,7 @@ def _seen(text: str) -> str:
     """The text of a token with what is invisible made visible."""
     return text.strip() or ("⏎" if "\n" in text else "␣")
 
-# %% ../nbs/27_explorer.ipynb #5c70287c
+# %% ../nbs/27_explorer.ipynb #09b4b944
 _STYLE = """<style>
 div.dsft-lens {overflow-x: auto; margin: 0.5em 0; background: #fff; color: #1a1a1a}
 div.dsft-lens.dsft-lens table {border-collapse: collapse; font-size: 11px; margin: 0; display: table; width: auto}
@@ -226,7 +226,7 @@ div.dsft-lens.dsft-lens table th, div.dsft-lens.dsft-lens table td {padding: 2px
 div.dsft-lens.dsft-lens table th.question {font-weight: normal}
 div.dsft-lens.dsft-lens table th.answer {border-bottom: 3px solid #1a1a1a}
 div.dsft-lens.dsft-lens table td.changed {outline: 2px solid #1a1a1a; outline-offset: -2px}
-div.dsft-lens.dsft-lens table td.entropy {text-align: left; max-width: none; min-width: 6.5em}
+div.dsft-lens.dsft-lens table .entropy {text-align: left; max-width: none; min-width: 6.5em}
 div.dsft-lens span {padding: 1px 6px; color: #1a1a1a; font-size: 11px}
 </style>"""
 
@@ -260,10 +260,10 @@ def as_html(reading: Reading, lang: str, title: str = "", before: Reading | None
     framed = "<span>framed: another token than above</span>" if before is not None else ""
     return (
         f'{_STYLE}<div class="dsft-lens"><div><b>{caption}<bdi>{html.escape(reading.answer) or "(no answer)"}</bdi></b> · {html.escape(str(stages(reading.table)))}</div>'
-        f"<table><tr><th>layer</th>{head}<th>entropy (nats)</th></tr>{''.join(rows)}</table>{_key(lang)}{framed}</div>"
+        f'<table><tr><th>layer</th>{head}<th class="entropy">entropy (nats)</th></tr>{"".join(rows)}</table>{_key(lang)}{framed}</div>'
     )
 
-# %% ../nbs/27_explorer.ipynb #0c8360b4
+# %% ../nbs/27_explorer.ipynb #6d9f714c
 def draw(readings: Mapping[str, Reading], lang: str, columns: int = 7) -> plt.Figure:
     """A panel a reading, titled with its key: the last `columns` positions and, below, what English and the target language have together at the question's last token."""
     figure_style()
@@ -295,7 +295,7 @@ def draw(readings: Mapping[str, Reading], lang: str, columns: int = 7) -> plt.Fi
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
-# %% ../nbs/27_explorer.ipynb #dd7c93b2
+# %% ../nbs/27_explorer.ipynb #fff68c5b
 def model_folder(run: Run) -> Path | None:
     """Where the model of a run lies on this disk, for a base that is not cut yet with its whole vocabulary; None where it does not."""
     try:
@@ -314,7 +314,7 @@ def explorable(studies: Sequence[str] | None = None) -> list[Run]:
         found |= {run.folder: run for run in (*bases, *study.all_runs()) if model_folder(run)}
     return list(found.values())
 
-# %% ../nbs/27_explorer.ipynb #e33666a4
+# %% ../nbs/27_explorer.ipynb #6ba90f7b
 @lru_cache(maxsize=4)
 def _loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     check_intact(folder)
@@ -330,7 +330,7 @@ def load_subject(run: Run) -> Subject:
         raise ParamsError(f"{run.trained}: there is no model; train it with: {run.command('train')}")
     return Subject(*_loaded(folder), run.lang, TEMPLATES[run.study.data.template])
 
-# %% ../nbs/27_explorer.ipynb #b8fb1aa1
+# %% ../nbs/27_explorer.ipynb #43f35f78
 def questions(study: Study, lang: str, count: int = 6) -> list[str]:
     """Some questions in a language, without a template: the study's own where its data are files on this disk or made here, else the microcosm's; empty where there are neither."""
     tables = study.data.files.values()
@@ -342,7 +342,7 @@ def questions(study: Study, lang: str, count: int = 6) -> list[str]:
     rows = rows or (load_parallel(DataParams(), known, seed=1000) if known else [])
     return [row["x_tgt"].strip() for row in rows][:count]
 
-# %% ../nbs/27_explorer.ipynb #c7b783ec
+# %% ../nbs/27_explorer.ipynb #b5fdc86a
 def _result(run: Run, other: Run | None, question: str) -> str:
     """The page of one run, or of two side by side, or in one line why there is none."""
     try:
@@ -393,18 +393,18 @@ class Panel(widgets.VBox):
         named = [(r.method.title + (f", seed {r.seed}" if r.method.stages else ""), r) for r in here]
         asked = questions(here[0].study, self.lang.value)
         self._quiet = True
-        self.method.options, self.other.options, self.question.options = named, [("nothing", None), *named], asked
+        self.method.options, self.other.options, self.question.options = named, [("nothing", ""), *named], asked
         self.method.value = next((r for r in reversed(here) if r.method.supervisions), here[-1])
-        self.other.value = next((r for r in here if r.method.name == "tft" and r is not self.method.value), None)
+        self.other.value = next((r for r in here if r.method.name == "tft" and r is not self.method.value), "")
         self.question.value = asked[min(1, len(asked) - 1)] if asked else ""
         self._quiet = False
         self._show()
 
     def _show(self, change=None) -> None:
         if not self._quiet:
-            self.page.value = _result(self.method.value, self.other.value, self.question.value)
+            self.page.value = _result(self.method.value, self.other.value or None, self.question.value)
 
-# %% ../nbs/27_explorer.ipynb #b71f25dd
+# %% ../nbs/27_explorer.ipynb #590f13fc
 def trained_runs(study: Study, model: str, lang: str, methods: Sequence[str]) -> dict[str, Run]:
     """Title of a method -> its run with the first seed; what is not trained yet is trained now, by nbs/experiments/train.ipynb."""
     runs = [study.run(model, lang, method, study.seeds[0]) for method in methods]

@@ -138,7 +138,7 @@ def test_the_panel_goes_by_what_is_on_the_disk(monkeypatch):
     panel.other.value = panel.method.value
     assert panel.page.value.count("<table") == 2
     monkeypatch.setattr(explorer, "_loaded", lambda folder: (_ for _ in ()).throw(ParamsError("spoilt")))
-    panel.other.value = None
+    panel.other.value = ""
     assert "<b>spoilt</b>" in panel.page.value
     with pytest.raises(ParamsError, match="^there is no model on this disk"):
         Panel([])
