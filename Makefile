@@ -18,7 +18,7 @@ quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
 SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
 
-.PHONY: study study-plan rehearse pack unpack test cases faults audit notebooks lab bases model-gemma3 readme bench help clean
+.PHONY: study study-plan rehearse pack unpack test cases faults audit notebooks lab test-lab docs explorer bases model-gemma3 readme bench help clean
 .DEFAULT_GOAL := study
 
 # torch comes first and by itself: its CPU build is found before anything asks for another one.
@@ -66,6 +66,27 @@ notebooks: .venv/installed  ## execute the notebooks whose committed outputs are
 
 lab: .venv/installed  ## open the notebooks in JupyterLab
 	jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+# The picture of the explorer in the README, figures/explorer.png; trains params/explore.yaml if need be.
+explorer: .venv/installed  ## the picture of the explorer in the README
+	python -m dsft.explorer
+
+.venv/docs: .venv/installed docs/conf.py
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# A site of all notebooks as they are committed, in _docs/.
+docs: .venv/docs  ## a site of all notebooks, in _docs/
+	sphinx-build --quiet --builder html --conf-dir docs nbs _docs
+	@echo "the site: _docs/index.html"
+
+.venv/lab: .venv/docs
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	@touch $@
+
+# JupyterLab and the site in the machine's own Chromium, headless; pictures in runs/lab/, to be looked at.
+test-lab: .venv/lab docs  ## JupyterLab and the site in a real browser; pictures in runs/lab/
+	DSFT_LAB=1 pytest tests/lab
 
 # README.md is rendered from nbs/index.ipynb, as it was last executed.
 readme: .venv/installed  ## README.md from nbs/index.ipynb, as that was last executed

@@ -22,7 +22,7 @@ setup(
     include_package_data=True,
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split(), "bench": settings["bench_requirements"].split()},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "bench", "docs", "lab")},
     entry_points={
         "console_scripts": settings.get("console_scripts", "").split(),
         "nbdev": [f"{settings['lib_name']}=dsft._modidx:d"],

@@ -92,6 +92,9 @@ def _cleaned(notebook: nbformat.NotebookNode) -> str:
     return nb2str(contents)
 
 # %% ../nbs/28_notebooks.ipynb #1a06865e
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
 def execute_in_place(notebook: str | Path) -> None:
     """Execute a notebook and write it with its new outputs, cleaned and marked; where a cell fails, the file stays as it was.
 
@@ -101,7 +104,7 @@ def execute_in_place(notebook: str | Path) -> None:
     folder = str(Path(notebook).resolve().parent)
     NotebookClient(executed, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
     for cell in (cell for cell in executed.cells if cell.cell_type == "code"):
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" and _WIDGET not in output.get("data", {})]
     executed.metadata["dsft"] = {"made_from": made_from(notebook)}
     with replacing(notebook) as temporary:
         temporary.write_text(_cleaned(executed), encoding="utf-8")
