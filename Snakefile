@@ -68,6 +68,8 @@ ANALYSES = {
     "cost": ["costs.csv", *of_both("cost"), *picture("cost")],
     "data_size": [*of_both("data_size", "data_size_against_tft"), *picture("data_size")],
     "code_switch_sweep": [*of_both("code_switch_sweep"), *picture("code_switch_sweep")],
+    "which_method": [*of_both("which_method"), *picture("which_method")],
+    "learning_rates": of_both("learning_rates"),
     "claims": [*of_both("claims"), *picture("claims")],
     "replication": of_both("replication"),
 }
@@ -90,6 +92,8 @@ POSSIBLE = {
     "data_size": len(sizes) > len({stem for stem, _ in sizes}),
     "cost": "tft" in study.every_method,
     "code_switch_sweep": study.swept_knob is not None,
+    "which_method": sum(m.role == "comparator" for m in methods) > 3,  # more than the paper compares with
+    "learning_rates": bool(study.learning_rates),
 }
 ANALYSES = {name: written for name, written in ANALYSES.items() if POSSIBLE.get(name, True)}
 

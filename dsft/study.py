@@ -67,6 +67,7 @@ class Study(Part):
     train: TrainParams = TrainParams()
     recipes: dict[str, dict[str, Any]] = {}  # recipe -> its options, which its own module describes (dsft.recipes)
     evaluation: EvalParams = EvalParams()
+    learning_rates: dict[str, PositiveFloat] = {}  # method -> times the study's learning rate, as it was chosen on the development split
     smallest_effect: PositiveFloat = 1.0  # points; smaller differences do not matter: what equivalence means in the tables
     runs: FilePath = "runs"  # folder for everything the study writes
     figures: FilePath = "figures"  # folder for its tables and figures
@@ -101,6 +102,8 @@ class Study(Part):
         every = [m for part in (self, *self.sweeps) for m in part.methods]
         if twice := sorted({m.name for m in every if m != self.every_method[m.name]}):
             raise ValueError(f"sweeps: {twice[0]} stands for two different methods; give one another name")
+        if strange := sorted(self.learning_rates.keys() - self.every_method.keys() - {need.rpartition("/")[2] for m in self.every_method.values() for need in m.needs}):
+            raise ValueError(f"learning_rates: {strange[0]} is no method of the study; it has {', '.join(self.every_method)}")
         titles = [m.title for m in self.every_method.values()]
         if twice := sorted({title for title in titles if titles.count(title) > 1}):
             raise ValueError(f"methods: {twice[0]} is the title of two methods; give one another title")
@@ -412,13 +415,20 @@ def maker(self: Run) -> str:
 
 # %% ../nbs/10_study.ipynb #5c15523e
 @patch(as_prop=True)
+def learning_rate(self: Run) -> float:
+    """How many times the study's learning rate the method trains at, in all of its stages."""
+    return self.study.learning_rates.get(self.method.name, 1.0)
+
+
+@patch(as_prop=True)
 def stages(self: Run) -> tuple[Stage, ...]:
-    """The method's trainings: its stages with the critical layers of this model and language, and the study's `trainable`, filled in; each of their passes."""
+    """The method's trainings: its stages with the critical layers of this model and language, the study's `trainable` and the method's learning rate filled in; each of their passes."""
     layers = {"i": 0, "j": 0}
     if self.method.supervisions:
         layers = json.loads(self.layers_file.read_text(encoding="utf-8"))
     stages = (stage.at(layers["i"], layers["j"]) for stage in self.method.stages)
-    filled = (stage.model_copy(update={"trainable": stage.trainable or self.study.train.trainable}) for stage in stages)
+    given = lambda stage: {"trainable": stage.trainable or self.study.train.trainable, "learning_rate": stage.learning_rate * self.learning_rate}
+    filled = (stage.model_copy(update=given(stage)) for stage in stages)
     return tuple(part for stage in filled for part in stage.passes)
 
 # %% ../nbs/10_study.ipynb #6c151044
@@ -454,7 +464,7 @@ def pool_files(self: Run) -> dict[str, str]:
 def inputs(self: Run) -> dict[str, Any]:
     """What the training depends on, in plain values: the key, the stages written out, layers, data and their content, recipe and base model."""
     parts = self.study.model_dump(mode="json", include={"layers", "data", "train"})
-    method = self.method.model_dump(mode="json", include={"start", "stages", "items", "weights", "languages", "temperature"}) | {"languages": self.training_languages, "prefix": self.method.ask.prefix}
+    method = self.method.model_dump(mode="json", include={"start", "stages", "items", "weights", "languages", "temperature"}) | {"languages": self.training_languages, "prefix": self.method.ask.prefix, "learning_rate": self.learning_rate}
     base = self.study.models[self.model].model_dump(mode="json")
     files = self.data_files | contents([project_root() / launch] if (launch := self.study.train.launch) else [])
     inputs = self.key | {"lang": self.training_lang, "training": method, "base": base} | parts | {"recipes": self._recipe_options, "files": files}
