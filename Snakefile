@@ -108,12 +108,9 @@ if workflow.is_main_process and not workflow.dryrun:
         sys.exit(f"dsft: {error}")
     except BlockingIOError:
         sys.exit(f"dsft: study {study.name} is already running (it holds {folder}/.lock); wait for it or stop it")
+    watch(workflow)  # one line in the terminal; what the jobs write to theirs goes into files
 
-
-if workflow.is_main_process and not workflow.dryrun:
-    watch(workflow)
-
-os.environ.setdefault("TQDM_MININTERVAL", "1")  # the bars of the jobs go into files, and are looked at now and again
+os.environ.setdefault("TQDM_MININTERVAL", "1")  # seconds between two states of a bar in such a file
 
 
 # The notebooks run in processes forked from one that has imported what they import; it lives as long as Snakemake.

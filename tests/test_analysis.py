@@ -468,7 +468,7 @@ def test_one_seed_has_no_interval(project):
     shown = {name: analyse(project, name, "single") for name in ("figure3", "layers", "readings", "data_size", "claims")}
     assert not any("nan" in text for text in shown.values())
     assert "2.0 points are lost by following it. Significantly better" in shown["layers"]  # there is no other seed to choose on
-    assert "TFT on as many +16.7." in shown["data_size"] and "DSFT-logits-positional: -26.7 points against the default" in shown["readings"]
+    assert "TFT with the same examples: +16.7." in shown["data_size"] and "DSFT-logits-positional: -26.7 points against the default" in shown["readings"]
     assert "premise not measured, +10.0 points." in shown["claims"]
 
 
