@@ -62,7 +62,7 @@ lab: .venv/installed
 # README.md is rendered from nbs/index.ipynb, as it was last executed.
 readme: .venv/installed
 	jupyter nbconvert --log-level=WARN --to markdown --stdout --TagRemovePreprocessor.enabled=True \
-	  --TagRemovePreprocessor.remove_input_tags='["hide_input"]' nbs/index.ipynb | sed 's#](\.\./#](#g; s#](\(analysis\|benchmarks\|lab_log\|protocol\|[0-9][0-9]_\)#](nbs/\1#g' > README.md
+	  --TagRemovePreprocessor.remove_input_tags='["hide_input"]' nbs/index.ipynb | sed 's#](\.\./#](#g; s#](\(analysis\|benchmarks\|tutorials\|lab_log\|protocol\|[0-9][0-9]_\)#](nbs/\1#g' > README.md
 
 bases: .venv/installed
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-llama.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro -p model micro-llama
