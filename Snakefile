@@ -23,6 +23,7 @@ import yaml
 from dsft.files import ParamsError, contents, digest, located, made_by, writing
 from dsft.kernels import start_server
 from dsft.metrics import INSTRUCTIONS
+from dsft.progress import watch
 from dsft.study import load_study
 
 STUDY = str(config.get("study", "micro"))
@@ -101,6 +102,9 @@ if workflow.is_main_process and not workflow.dryrun:
         sys.exit(f"dsft: {error}")
     except BlockingIOError:
         sys.exit(f"dsft: study {study.name} is already running (it holds {folder}/.lock); wait for it or stop it")
+    watch(workflow)  # one line in the terminal; what the jobs write to theirs goes into files
+
+os.environ.setdefault("TQDM_MININTERVAL", "1")  # seconds between two states of a bar in such a file
 
 
 # The notebooks run in processes forked from one that has imported what they import; it lives as long as Snakemake.
@@ -120,22 +124,28 @@ wildcard_constraints:
     seed=r"\d+",
 
 
-def notebook(**parameters):
-    """The command that executes a rule's notebook for the study; its executed copy is the rule's log, its progress bars go to the terminal.
+def notebook(*more, **parameters):
+    """The command that executes a rule's notebook for the study; its logs are the executed copy and what it writes to its terminal.
 
-    `parameters` name what Snakemake fills in, each quoted for the shell.
+    `parameters` name what Snakemake fills in, each quoted for the shell; `more` is more of the command.
     """
-    given = "".join(f" -r {key} {{{value}:q}}" for key, value in {"study": "STUDY", **parameters}.items())
-    return f"OMP_NUM_THREADS={{threads}} python -m dsft.kernels {{input.notebook}} {{log:q}} --no-progress-bar --stderr-file /dev/stderr{given}"
+    given = " ".join([*(f"-r {key} {{{value}:q}}" for key, value in {"study": "STUDY", **parameters}.items()), *more])
+    command = f"OMP_NUM_THREADS={{threads}} python -m dsft.kernels {{input.notebook}} {{log[0]:q}} --no-progress-bar --stderr-file /dev/stderr {given}"
+    return f"set -o pipefail; {command} 2>&1 | cat > {{log[1]:q}}"
 
 
-SEED = " -p seed {wildcards.seed}"
+def logs(stem):
+    """The two logs of a rule that executes a notebook."""
+    return [f"{stem}.ipynb", f"{stem}.stderr"]
+
+
+SEED = "-p seed {wildcards.seed}"
 OF_A_RUN = dict(model="wildcards.model", lang="wildcards.lang", method="wildcards.method")
-TRAIN = notebook(**OF_A_RUN | {"lang": "params.lang"}) + SEED
+TRAIN = notebook(SEED, **OF_A_RUN | {"lang": "params.lang"})
 if study.train.launch:  # on several processes: the same training without its notebook
     TRAIN = (
-        "set -o pipefail; accelerate launch --config_file {study.train.launch:q} -m dsft.training {STUDY:q} --model={wildcards.model:q}"
-        " --lang {params.lang:q} --method {wildcards.method:q} --seed {wildcards.seed} 2>&1 | tee {log:q}"
+        "accelerate launch --config_file {study.train.launch:q} -m dsft.training {STUDY:q} --model={wildcards.model:q}"
+        " --lang {params.lang:q} --method {wildcards.method:q} --seed {wildcards.seed} > {log:q} 2>&1"
     )
 
 
@@ -248,7 +258,7 @@ for number, name in enumerate(study.models, 1):
             output:
                 [os.path.relpath(Path(made) / file) for file in BASE],
             log:
-                f"{folder}/{name}/{step}.ipynb",
+                *logs(f"{folder}/{name}/{step}"),
             resources:
                 mem_mb=8_000,
                 runtime=240,
@@ -269,7 +279,7 @@ rule select_layers:
         f"{folder}/{{model}}/{{lang}}/layers.json",
         f"{folder}/{{model}}/{{lang}}/layers_provenance.json",
     log:
-        f"{folder}/{{model}}/{{lang}}/select_layers.ipynb",
+        *logs(f"{folder}/{{model}}/{{lang}}/select_layers"),
     resources:
         **needs((4_000, 60, 0), (64_000, 240, 0)),
     params:
@@ -289,7 +299,7 @@ rule recipe_rows:
         f"{RUN}/recipe_rows.jsonl",
         f"{RUN}/recipe_rows_report.json",
     log:
-        f"{RUN}/recipe_rows.ipynb",
+        *logs(f"{RUN}/recipe_rows"),
     resources:
         **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
@@ -297,7 +307,7 @@ rule recipe_rows:
         base=lambda w: found_base(w.model),
         code=lambda w: code("nbs/experiments/recipe_rows.ipynb", trainings[tuple(w)].method.recipes),
     shell:
-        notebook(**OF_A_RUN) + SEED
+        notebook(SEED, **OF_A_RUN)
 
 
 rule train:
@@ -311,7 +321,7 @@ rule train:
         f"{RUN}/train_log.jsonl",
         f"{RUN}/data_report.json",
     log:
-        f"{RUN}/train.{'log' if study.train.launch else 'ipynb'}",
+        *([f"{RUN}/train.log"] if study.train.launch else logs(f"{RUN}/train")),
     threads: PROCESSES
     resources:
         **needs((4_000, 240, 0), (256_000, 2880, PROCESSES)),
@@ -332,7 +342,7 @@ rule evaluate:
     output:
         [f"{RUN}/{name}" for name in EVALUATION],
     log:
-        f"{RUN}/evaluate.ipynb",
+        *logs(f"{RUN}/evaluate"),
     resources:
         **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
@@ -341,7 +351,7 @@ rule evaluate:
         base=lambda w: "" if runs[tuple(w)].method.stages else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),
     shell:
-        notebook(**OF_A_RUN) + SEED
+        notebook(SEED, **OF_A_RUN)
 
 
 # All that the evaluations wrote, by content: what every analysis waits for, and made again when one of them changes. With each file an input of each of sixteen analyses, thousands of
@@ -374,7 +384,7 @@ for name, outputs in ANALYSES.items():
         output:
             [f"{figures}/{output}" for output in outputs],
         log:
-            f"{folder}/analysis/{name}.ipynb",
+            *logs(f"{folder}/analysis/{name}"),
         resources:
             mem_mb=8_000,
             runtime=60,

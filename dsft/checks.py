@@ -19,7 +19,7 @@ from .files import ParamsError, located
 from .inside import parallel_clozes
 from .study import Study, load_study
 from .tables import read_table
-from .training import check_recipes, load_recipe, recipe_options
+from .training import check_recipes, check_reporting, load_recipe, recipe_options
 
 # %% ../nbs/27_checks.ipynb #bab2e1a5
 def _named_paths(value: Any, field: str) -> dict[str, str]:
@@ -91,6 +91,7 @@ def check(
     try:
         loaded = load_study(study)
         check_recipes(loaded)
+        check_reporting(loaded)
         absent = absent_files(loaded)
         for field, path in absent.items():
             if not field.startswith("recipes.") and not plan:  # of its own files a recipe knows which it needs, and says so below

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'committed', 'files_read', 'made_from', 'has_outputs', 'is_stale', 'execute_in_place', 'all_notebooks',
-           'execute']
+           'execute', 'readme_text', 'write_readme']
 
 # %% ../nbs/28_notebooks.ipynb #2c3d73b7
 import json
 import os
+import re
 import time
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastcore.basics import str2bool
 from fastcore.script import Param, call_parse
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbconvert import MarkdownExporter
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export
@@ -130,3 +132,16 @@ def execute(
         except (CellExecutionError, DeadKernelError) as error:
             raise SystemExit(f"\n{error}\ndsft: {shown} failed, see above; it is left as it was") from None
         print(f"{time.monotonic() - started:.0f} s", flush=True)
+
+# %% ../nbs/28_notebooks.ipynb #50754ef9
+def readme_text(notebook: str | Path) -> str:
+    """What README.md says: an executed notebook of the folder nbs/ as Markdown."""
+    text = MarkdownExporter(config={"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"hide_input"}}}).from_filename(str(notebook))[0]
+    text = re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", lambda link: f"]({os.path.normpath(os.path.join('nbs', link[1]))})", text)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip() + "\n"
+
+
+def write_readme() -> None:
+    """Write README.md from nbs/index.ipynb."""
+    with replacing(project_root() / "README.md") as temporary:
+        temporary.write_text(readme_text(project_root() / "nbs" / "index.ipynb"), encoding="utf-8")

@@ -95,14 +95,14 @@ def verdict(comparison: pd.DataFrame, study: Study) -> str:
         mean, baseline = points.mean(), _best_of(title[name] for name in cells["baseline"].unique())
         unit, better, good = ("bits a byte", "below", points < 0) if bits else ("points", "above", points > 0)
         shown = _number(abs(mean), cells["metric"].iloc[0])
-        where = "level with" if not float(shown) else f"{shown} {unit} {'above' if mean > 0 else 'below'}"
-        line = f"- {model}: on average {title[method]} lies {where} {baseline}, "
-        line += f"and {better} in {good.sum()} of {n} {'cell' if n == 1 else 'cells'} (dataset and language)"
+        where = "on a par with" if not float(shown) else f"{shown} {unit} {'above' if mean > 0 else 'below'}"
+        line = f"- {model}: on average {title[method]} is {where} {baseline}; "
+        line += f"it is {better} in {good.sum()} of {n} {'cell' if n == 1 else 'cells'} (benchmark × language)"
         if cells["p"].notna().any():
             sure = cells["p_holm"] < 0.05
-            line += f"; significantly above in {(sure & (points > 0)).sum()} and significantly below in {(sure & (points < 0)).sum()}."
+            line += f", significantly above in {(sure & (points > 0)).sum()} and below in {(sure & (points < 0)).sum()}."
         else:
-            line += f"; {cells['seeds'].max()} of the 3 seeds that an interval needs."
+            line += f"; an interval needs 3 seeds, {cells['seeds'].max()} ran."
         lines.append(line)
     return "\n".join(lines) or "There are no two fine-tuned methods to compare in these runs."
 
@@ -171,7 +171,7 @@ def premises_in_words(entropy: pd.DataFrame) -> str:
         falls = {lang: by_entropy(Curves(curve["entropy"].tolist(), [], [], [])).holds for lang, curve in curves.groupby("lang", sort=False)}
         at_j = curves[curves["layer"].eq(curves["j"])].dropna(subset=["english", "target"])
         ahead = where(dict(zip(at_j["lang"], at_j["english"] > at_j["target"]))) if len(at_j) else "not measured"
-        lines.append(f"- {model}: the entropy falls twice {where(falls)}; the English answer is ahead of the target one at layer j: {ahead}.")
+        lines.append(f"- {model}: the entropy falls twice {where(falls)}; at layer j the English answer is more likely than the target one: {ahead}.")
     return "\n".join(lines)
 
 # %% ../nbs/26_report.ipynb #afa36764

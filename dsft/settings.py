@@ -163,7 +163,7 @@ class DataParams(Part):
 
 # %% ../nbs/09_settings.ipynb #684df1e4
 class TrainParams(Part):
-    """The fine-tuning recipe; the defaults are the paper's where it states them (see PAPER in the README), else Alpaca's."""
+    """The fine-tuning recipe; the defaults are the paper's where it states them (the paper's values are in params/llama2-7b.yaml), else Alpaca's."""
 
     epochs: Rate = 3.0
     max_steps: int = -1  # stop after so many optimiser steps; -1: as long as the epochs last
@@ -183,6 +183,7 @@ class TrainParams(Part):
     logging_steps: PositiveInt = 10
     gradient_norm_steps: NonNegativeInt = 100  # the norm of each loss's gradient every so many steps, in train_log.jsonl, for methods with supervisions; 0: never
     save_steps: PositiveInt = 500  # a checkpoint every so many steps, to resume from
+    report_to: Annotated[tuple[str, ...], BeforeValidator(lambda names: [names] if isinstance(names, str) else names), Field(exclude=True)] = ()  # tensorboard, wandb, mlflow, …: who else is told what train_log.jsonl holds; not a part of what a run is made from
 
     @model_validator(mode="after")
     def _whole_steps(self):

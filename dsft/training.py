@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'COLUMNS', 'load_recipe', 'recipe_options', 'check_recipes', 'training_rows', 'row_length', 'training_data',
-           'Checkpoints', 'last_complete_checkpoint', 'training_arguments', 'train_stage', 'clipped_share', 'fine_tune',
-           'save_training', 'train']
+           'Checkpoints', 'last_complete_checkpoint', 'training_arguments', 'check_reporting', 'train_stage',
+           'clipped_share', 'fine_tune', 'save_training', 'train']
 
 # %% ../nbs/20_training.ipynb #1f9f1f05
 import json
@@ -15,7 +15,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from datasets import Dataset
 from fastcore.script import call_parse
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .backbone import max_positions
 from .data import parallel_pairs, pattern_rows, rows_digest, tokenize
@@ -186,8 +188,35 @@ def training_arguments(run: Run, stage: Stage, number: int = 1) -> TrainingArgum
         seed=run.seed,
         use_cpu=not torch.cuda.is_available(),
         run_name=f"{run.training_lang} {run.method.name} seed{run.seed}",
-        report_to=[],
+        report_to=list(recipe.report_to),
     )
+
+# %% ../nbs/20_training.ipynb #98566331
+def check_reporting(study: Study) -> None:
+    """Refuse a `train.report_to` that the Trainer does not know, or whose package is not installed. Raises `ParamsError`, one line."""
+    for name in study.train.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ParamsError(f"train.report_to = {name!r}: the Trainer does not know it; choose from {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except Exception as error:
+            raise ParamsError(f"train.report_to = {name!r}: {' '.join(str(error).split())}; install its package, or leave it out") from None
+
+
+@contextmanager
+def _reporting(run: Run, number: int) -> Iterator[None]:
+    """Within it those that `train.report_to` names find by their environment variables that they write into the folder of the study."""
+    folder, name = run.study.folder(), run.study.name
+    of_run = folder / "tensorboard" / run.training_folder.relative_to(folder) / (f"stage{number}" if len(run.stages) > 1 else "")
+    places = {"TENSORBOARD_LOGGING_DIR": str(of_run), "WANDB_DIR": str(folder), "MLFLOW_TRACKING_URI": f"sqlite:///{folder.absolute()}/mlflow.db"}
+    places |= {"WANDB_PROJECT": name, "MLFLOW_EXPERIMENT_NAME": name}
+    ours = {key: value for key, value in places.items() if run.study.train.report_to and key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            del os.environ[key]
 
 # %% ../nbs/20_training.ipynb #918dc360
 def _with_adapters(model: PreTrainedModel, lora: Lora) -> PreTrainedModel:
@@ -225,8 +254,8 @@ def train_stage(run: Run, stage: Stage, start: str, number: int = 1) -> DSFTTrai
         rows, examples = training_data(run, stage, tokenizer, number)
     _note_origin(run, rows, [arguments.output_dir, *([start] if number > 1 else [])], number)
     data = {"train_dataset": examples, "processing_class": tokenizer, "max_length": row_length(run), "gradient_norm_steps": recipe.gradient_norm_steps}
-    trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **data)
-    with writing(arguments.output_dir):
+    with _reporting(run, number), writing(arguments.output_dir):
+        trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **data)
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(arguments.output_dir))
     return trainer
 
@@ -267,6 +296,7 @@ def _leave_stage(done: Path, trainer: DSFTTrainer) -> None:
 # %% ../nbs/20_training.ipynb #229fef3d
 def fine_tune(run: Run) -> DSFTTrainer:
     """Train the stages of a run, each from its last complete checkpoint if there is one; returns the last one's trainer, its model not saved yet."""
+    check_reporting(run.study)
     start, checkpoints = run.start_model, run.checkpoints
     *before, last = enumerate(run.stages, 1)
     for number, stage in before:

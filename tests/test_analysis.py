@@ -144,9 +144,9 @@ def test_readings(project):
 def test_what_supervision_is_worth_in_examples(project):
     shown = analyse(project, "data_size")
     worth = 150 * 2 ** 1.0 / 150  # DSFT at 150 scores what TFT scores at 300
-    assert f"DSFT-logits on 150 examples: 36.7; TFT needs {worth:.1f} times as many" in shown
-    assert "DSFT-logits on 600 examples: 63.3; TFT does not reach that with 600; against TFT on as many +16.7 [15.9, 17.4]" in shown  # ± 1.96 · 4.71 / √150: a third of the items gains 10, two thirds 20
-    assert "DSFT-logits pays on 150 and 300 and 600 examples." in shown
+    assert f"DSFT-logits scores 36.7 with 150 examples; TFT reaches this score with {worth:.1f}× the examples" in shown
+    assert "DSFT-logits scores 63.3 with 600 examples; TFT does not reach this score with 600; gain over TFT with the same examples: +16.7 [15.9, 17.4]" in shown  # ± 1.96 · 4.71 / √150: a third of the items gains 10, two thirds 20
+    assert "DSFT-logits gains significantly with 150 and 300 and 600 examples." in shown
 
 
 def test_code_switch_sweep(project):
@@ -212,7 +212,7 @@ def test_a_rule_without_its_premise_is_marked(project, monkeypatch):
     """In figure 2 and the tables, in what was supervised at its layers."""
     shown = analyse(with_rule(project, **MEASURED, falls_twice=False), "figure2", "ruled")
     assert "chosen by the entropy rule, **what it rests on does not hold here (†)**" in shown
-    assert "Asked in Chinese, the English answer is likeliest at layer 2, 0.300, where its own has 0.020; at the last layer they have 0.100 and 0.400." in shown
+    assert "Asked in Chinese, the English answer is likeliest at layer 2 with 0.300, the target answer there has 0.020; at the last layer they have 0.100 and 0.400." in shown
     shown = analyse(project, "table2", "ruled")
     note = "†: a premise of the supervision is not met: the rule that chose the layers has no ground (m zh); the entropy does not fall twice (m zh)."
     assert "| m | DSFT-logits | **70.0 ± 0.0** ▲ † |" in shown and "| m | TFT | 60.0 ± 0.0 |" in shown and note in shown
@@ -411,12 +411,12 @@ def test_one_stage_alone_by_what_it_supervises(written_out):
     shown = analyse(written_out, "table3", "written")
     assert "| m | thinking alone | **54.0 ± 0.0** ▲" in shown and "| m | TFT for longer | 40.0 ± 0.0 |" in shown
     assert "both" not in shown and "thinking at 1" not in shown and "TFT on few" not in shown  # no variations
-    assert "on average thinking alone lies 10.7 points above TFT for longer" in shown  # the better control, (14 + 14 + 4) / 3
+    assert "on average thinking alone is 10.7 points above TFT for longer" in shown  # the better control, (14 + 14 + 4) / 3
 
 
 def test_a_variation_of_a_control_is_no_baseline(written_out, monkeypatch):
     shown = analyse(written_out, "table2", "written")
-    assert "on average TFT on few lies 20.0 points below TFT for longer" in shown
+    assert "on average TFT on few is 20.0 points below TFT for longer" in shown
     monkeypatch.chdir(written_out)
     table = load_results(load_study("written")).drop_duplicates("method").set_index("method")
     assert table.loc["few", ["title", "role", "stem", "examples"]].tolist() == ["TFT on few", "control", "tft", 150]
@@ -453,7 +453,7 @@ def test_one_seed_has_no_interval(project):
     shown = {name: analyse(project, name, "single") for name in ("figure3", "layers", "readings", "data_size", "claims")}
     assert not any("nan" in text for text in shown.values())
     assert "2.0 points are lost by following it. Significantly better" in shown["layers"]  # there is no other seed to choose on
-    assert "TFT on as many +16.7." in shown["data_size"] and "DSFT-logits-positional: -26.7 points against the default" in shown["readings"]
+    assert "TFT with the same examples: +16.7." in shown["data_size"] and "DSFT-logits-positional: -26.7 points against the default" in shown["readings"]
     assert "premise not measured, +10.0 points." in shown["claims"]
 
 

@@ -179,8 +179,10 @@ def test_a_failed_training_is_told_last_and_keeps_nothing_else_from_being_made(p
     file = project / "params" / "my study.yaml"
     file.write_text(yaml.safe_dump(study), encoding="utf-8")
     told = run(project, "make", "study", "STUDY=params/my study.yaml", "CORES=2", code=2)
-    *_, which, error, make = told.strip().splitlines()
-    assert which == "runs/my study/micro-llama/zh/tft/seed0/train.ipynb, cell 4:"
+    *_, where, error, which, make = told.strip().splitlines()
+    assert (where, which) == ("train failed in cell 4", "  runs/my study/micro-llama/zh/tft/seed0/train.ipynb")
+    assert told.count("\n".join((where, error, which))) == 2  # when it failed and at the end
+    assert re.search(r"^\d+ of \d+ steps, 1 failed in ", told, re.MULTILINE) and "%|" not in told  # no bars
     assert error == "  ParamsError: data.max_length = 2: every prompt is longer than that; raise it" and make.startswith("make: ")
     assert (project / "runs/my study/micro-llama/zh/base/seed0/metrics.json").exists() and (project / "runs/my study/micro-llama/zh/layers.json").exists()
 

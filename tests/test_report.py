@@ -185,8 +185,8 @@ def test_paired_comparison(project):
     assert (xquad.difference, xcopa.difference) == (2.0, 1.0)
     assert 0 < xquad.low < 2 < xquad.high < 6 and 0 < xcopa.low < 1 < xcopa.high < 3
     assert list(comparison["p_holm"]) == pytest.approx(list(holm(comparison["p"])))
-    assert "1.5 points above TFT, and above in 2 of 2 cells" in verdict(comparison, load_study("toy"))
-    assert "significantly above in 2 and significantly below in 0" in verdict(comparison, load_study("toy"))
+    assert "1.5 points above TFT; it is above in 2 of 2 cells" in verdict(comparison, load_study("toy"))
+    assert "significantly above in 2 and below in 0" in verdict(comparison, load_study("toy"))
 
 
 def test_bootstrap_against_one_written_as_a_loop():
@@ -282,7 +282,7 @@ def test_other_items_are_not_compared(project):
 def test_no_interval_below_three_seeds(project):
     comparison = compare(on_target(load_item_scores(load_study("toy"))).query("seed < 2"))
     assert comparison[["low", "high", "p", "p_holm"]].isna().all(axis=None)
-    assert "2 of the 3 seeds that an interval needs" in verdict(comparison, load_study("toy"))
+    assert "an interval needs 3 seeds, 2 ran" in verdict(comparison, load_study("toy"))
 
 
 def test_without_runs_the_committed_tables_are_read(project, capsys):
@@ -411,7 +411,7 @@ def test_of_bits_the_lowest_is_the_best(measured):
     assert xquad["difference"] == pytest.approx(-2 * (8 - 1 / 3) / 396) and xquad["items"] == 396 and xquad["low"] < xquad["difference"] < xquad["high"]
     told = verdict(comparison.query("dataset != 'instructions'"), load_study("toy"))
     mean = (2 * (8 - 1 / 3) / 396 + comparison.query("dataset == 'xcopa'")["difference"].abs().iloc[0]) / 2
-    assert f"DSFT-logits lies {mean:.3f} bits a byte below TFT, and below in 2 of 2 cells" in told
+    assert f"DSFT-logits is {mean:.3f} bits a byte below TFT; it is below in 2 of 2 cells" in told
 
 
 def test_of_bits_the_control_with_the_fewest_counts(measured):
@@ -559,7 +559,7 @@ def test_bits_of_a_study_and_of_one_that_has_none(measured):
     assert {p.name for p in folder.iterdir()} == {f"{name}.{kind}" for name in ("bits", "bits_against_tft", "bits_english") for kind in ("csv", "md")}
     table = pd.read_csv(folder / "bits.csv")
     assert set(table["metric"]) == {"bits_per_byte"} and set(table["dataset"]) == {"xquad", "xcopa", "instructions"}
-    assert "and below in 2 of 3 cells" in shown  # the instructions are alike
+    assert "it is below in 2 of 3 cells" in shown  # the instructions are alike
     english = pd.read_csv(folder / "bits_english.csv").set_index(["target", "method", "dataset"])["change"]
     assert english["zh", "tft", "xquad"] == pytest.approx(-0.24, abs=0.01) and english["zh", "tft", "instructions"] == 0
     assert "after TFT the right English answers take 0.1" in shown and "bits a byte less than before" in shown
@@ -577,9 +577,9 @@ def test_analysis_notebooks_from_runs_and_again_from_their_own_tables(project):
     folder = project / "figures" / "toy"
     assert "1 of 1 cell" in shown["table1"] and "2.0 points above TFT" in shown["table1"]
     assert "1.0 points above TFT" in shown["table2"]
-    assert "after TFT the English score lies 14.8 points above the base model" in shown["retention"]  # (12 + 10 + 18 + 19) / 4
+    assert "after TFT English scores are 14.8 points above those of the base model" in shown["retention"]  # (12 + 10 + 18 + 19) / 4
     assert "from 6.00 nats at the embeddings to 2.00 after layer 4; the steepest fall is 2.50, at layer 2" in shown["figure2"]
-    assert f"DSFT-logits: 42.5 for {91 / 61:.2f} times the time of TFT; as much or more for less time: TFT." in shown["cost"]
+    assert f"DSFT-logits scores 42.5 at {91 / 61:.2f}× the training time of TFT; cheaper and at least as good: TFT." in shown["cost"]
     assert "xcopa" not in (folder / "table1.csv").read_text() and "xquad" not in (folder / "table2.csv").read_text()
     assert "micro-llama,dsft_logits,xquad,zh,f1,24.0,3.0,3,400,24.77" in (folder / "table1.csv").read_text()
     named = {p.stem for p in folder.iterdir()}
