@@ -58,7 +58,7 @@ def test_another_run_teaches_on_its_own_rows(tmp_path):
     assert sum(bool(prompt) for prompt in trainer.train_dataset["x_teacher"]) == 16  # the English rows say something else
     save_training(run, trainer, 0.0, "pytest")
     run.check_trained()
-    (Path(run.needs["fused"].trained) / "README.md").write_text("another teacher by now", encoding="utf-8")
+    (Path(run.needs["fused"].trained) / "generation_config.json").write_text("{}", encoding="utf-8")  # another teacher by now
     with pytest.raises(ParamsError, match="needs_sha256"):
         run.check_trained()
 
