@@ -81,7 +81,7 @@ for prompt in study.evaluation.prompt[1:]:  # the same models, asked in another 
 
 # Some of them need runs that not every study has.
 plain = [m for m in methods if not m.variant and m.items is None]  # at most its layers differ from the method it is a variation of
-ablation = any(m.stem == m.name and len({s.stage for s in m.supervisions}) == 1 for m in methods)
+ablation = any(m.role == "ours" and m.stem == m.name and len({s.stage for s in m.supervisions}) == 1 for m in methods)
 sizes = {(m.stem, m.items or study.data.items) for m in methods if not m.variant and not m.layers and (m.items or study.data.items)}
 POSSIBLE = {
     "table3": ablation,

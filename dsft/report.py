@@ -268,8 +268,8 @@ def write_table(table: pd.DataFrame, folder: str | Path, name: str, text: str | 
 
 # %% ../nbs/26_report.ipynb #fb61e623
 def one_stage(methods: Iterable[Method]) -> list[str]:
-    """The names of the methods, no variations of others, all of whose supervisions are of one stage."""
-    return [m.name for m in methods if m.stem == m.name and len({s.stage for s in m.supervisions}) == 1]
+    """The names of the methods of ours, no variations of others, all of whose supervisions are of one stage."""
+    return [m.name for m in methods if m.role == "ours" and m.stem == m.name and len({s.stage for s in m.supervisions}) == 1]
 
 # %% ../nbs/26_report.ipynb #ada54eca
 def query_gap_table(study: Study, methods: Collection[str] | None = None, targets: Collection[str] | None = None) -> pd.DataFrame:

@@ -180,7 +180,7 @@ class TrainParams(Part):
     gradient_checkpointing: bool = False
     group_by_length: bool = True  # batches of about one length: less padding, the same losses
     loss_path: Literal["auto", "one_pass", "truncated", "naive"] = "auto"  # how the losses are computed (dsft.losses)
-    trainable: Trainable = "all"  # all weights, or lora: adapters that are merged at the end
+    trainable: Trainable = "all"  # all weights, or a part of them as in a stage, such as lora: adapters that are merged at the end
     launch: str | None = None  # an accelerate config (params/accelerate/...): the study trains on several processes instead of in a notebook
     logging_steps: PositiveInt = 10
     gradient_norm_steps: NonNegativeInt = 100  # the norm of each loss's gradient every so many steps, in train_log.jsonl, for methods with supervisions; 0: never
