@@ -75,10 +75,10 @@ explorer: .venv/installed  ## the picture of the explorer in the README
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
-# A site of all notebooks as they are committed, in _docs/.
-docs: .venv/docs  ## a site of all notebooks, in _docs/
-	sphinx-build --quiet --builder html --conf-dir docs nbs _docs
-	@echo "the site: _docs/index.html"
+# A site of all notebooks as they are committed, in _docs/html/.
+docs: .venv/docs  ## a site of all notebooks, _docs/html/index.html
+	sphinx-build --quiet --builder html --conf-dir docs nbs _docs/html
+	@echo "the site: _docs/html/index.html"
 
 .venv/lab: .venv/docs
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab]'

@@ -12,6 +12,7 @@ extensions = ["myst_nb"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
 nb_execution_mode = "off"  # the outputs are the committed ones
 nb_merge_streams = True
+nb_ipywidgets_js = {}  # they would come from elsewhere, and there is no kernel behind a page
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]  # a notebook may begin a level lower; widgets have no picture
@@ -31,7 +32,7 @@ mathjax2_config = {
 }
 
 CONTENTS = {
-    "To begin with": ["lab_log", "protocol", "explore", "results"],
+    "To begin with": ["explore", "guide", "layout", "results", "lab_log", "protocol"],
     "Tutorials": ["tutorials/*"],
     "The library": ["[0-9]*"],
     "Recipes": ["recipes/*"],
@@ -68,7 +69,8 @@ def as_page(app, docname: str, source: list[str]) -> None:
                 cell["metadata"]["tags"].append("remove-input")
             for output in cell.get("outputs", []):
                 if "text/markdown" in output.get("data", {}):
-                    output["data"]["text/markdown"] = linked_pages_only("".join(output["data"]["text/markdown"]), folder)
+                    said = linked_pages_only("".join(output["data"]["text/markdown"]), folder)
+                    output["data"]["text/markdown"] = re.sub(r"\]\(([^):\s]+)\.ipynb(#[^)\s]*)?\)", r"](\1.html\2)", said)  # myst-nb leaves the links of outputs as they are
         kept.append(cell)
     if docname == "index":
         kept.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents()})

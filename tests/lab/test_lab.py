@@ -18,7 +18,7 @@ import pytest
 from dsft.notebooks import committed
 
 ROOT = Path(__file__).parents[2]
-SITE, PICTURES = ROOT / "_docs", ROOT / "runs" / "lab"
+SITE, PICTURES = ROOT / "_docs" / "html", ROOT / "runs" / "lab"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MINUTES = 60_000  # milliseconds, as Playwright counts
 
