@@ -321,7 +321,8 @@ def write_after_thoughts(lm: LM, tasks: Sequence[Task], study: Study, delimiter:
     for task in tasks:
         if task.prompt == "dsft" and thinks(ask, task.lang):
             rows = after_thoughts(lm, task.lang, task.rows, ask)
-            task = task._replace(folder=task.folder / f"thoughts-{json_digest([row['prompt'] for row in rows])[:8]}", splits=("test",), thought=True)
+            beside = task.folder.with_name(f"{task.folder.name}-thoughts-{json_digest([row['prompt'] for row in rows])[:8]}")  # not within: lm-eval looks for tasks in folders of folders
+            task = task._replace(folder=beside, splits=("test",), thought=True)
             task = _write(task, {"test": rows}, study, delimiter)
         written.append(task)
     return written
