@@ -170,8 +170,9 @@ class Task(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For example xquad_zh, flores_en-zh, xquad_zh_harness, xquad_zh_gold."""
-        return f"{self.dataset}_{self.lang}" + ("_harness" if self.prompt == "harness" else "") + ("_gold" if self.gold else "")
+        """For example xquad_zh, flores_en-zh, xquad_zh_harness, xquad_zh_thought, xquad_zh_gold."""
+        marks = {"_harness": self.prompt == "harness", "_thought": self.thought, "_gold": self.gold}
+        return f"{self.dataset}_{self.lang}" + "".join(mark for mark, has in marks.items() if has)
 
     @property
     def benchmark(self) -> Benchmark:
@@ -321,8 +322,8 @@ def write_after_thoughts(lm: LM, tasks: Sequence[Task], study: Study, delimiter:
     for task in tasks:
         if task.prompt == "dsft" and thinks(ask, task.lang):
             rows = after_thoughts(lm, task.lang, task.rows, ask)
-            beside = task.folder.with_name(f"{task.folder.name}-thoughts-{json_digest([row['prompt'] for row in rows])[:8]}")  # not within: lm-eval looks for tasks in folders of folders
-            task = task._replace(folder=beside, splits=("test",), thought=True)
+            own = task.folder / f"thoughts-{json_digest([row['prompt'] for row in rows])[:8]}"
+            task = task._replace(folder=own, splits=("test",), thought=True)
             task = _write(task, {"test": rows}, study, delimiter)
         written.append(task)
     return written
