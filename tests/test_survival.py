@@ -114,7 +114,7 @@ def test_a_trained_model_whose_bytes_flip_is_not_evaluated(killed):
             run.check_trained()
         (run.folder / "metrics.json").unlink()
         result = subprocess.run(snakemake(folder / "small.yaml", run.folder / "metrics.json"), cwd=ROOT, capture_output=True, text=True)
-        told = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("ParamsError: ")]
+        told = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip().startswith("ParamsError: ")]
         assert result.returncode and len(told) == 1 and "model.safetensors is not what was written" in told[0], result.stdout + result.stderr
         assert not (run.folder / "metrics.json").exists()
 
