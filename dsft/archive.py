@@ -20,7 +20,7 @@ from .results import finished_runs
 from .study import Run, load_study
 
 # %% ../nbs/34_archive.ipynb #c5a207f0
-_LEFT_OUT = {".ipynb", ".lock"}  # the executed notebooks: what they show is in the files that they write
+_LEFT_OUT = {".ipynb", ".stderr", ".log", ".lock"}  # the executed notebooks and their terminal output: what they show is in the files that they write
 _TEXTS = {"recipe_rows.jsonl", "recipe_rows_report.json"}  # the training data's
 
 

@@ -45,7 +45,7 @@ def pool(run: Run, stage: Stage) -> list[dict[str, str]]:
     rows = training_rows(run, whole)[0].to_list()
     if stage.select.side == "tgt":
         return rows
-    others = [study_run for lang in run.study.languages if lang != run.lang for study_run in [run.study.run(run.model, lang, run.method.name, run.seed)]]
+    others = [run.study.run(run.model, lang, run.method.name, run.seed) for lang in run.study.languages if lang != run.lang]
     common = set.intersection({row["id"] for row in rows}, *({row["id"] for row in training_rows(other, whole)[0].to_list()} for other in others))
     return [row for row in rows if row["id"] in common]
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -26,8 +26,10 @@ from matplotlib.colors import to_hex, to_rgb
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import UnsupportedArchitecture, find_backbone, hidden_states, one_pass_obstacle
+from .chat import end_of_turn
 from .data import load_parallel, pad_inside, prompt_ids, text_ids
 from .files import ParamsError, check_intact, from_hub, load_model, project_root
+from .generation import greedy_ids
 from .languages import foreign, language_name, nearest
 from .phrasebook import LANGUAGES, Phrasebook
 from .prompts import TEMPLATES, Template, is_blank
@@ -128,12 +130,10 @@ def _asked(subject: Subject, question: str, max_new_tokens: int) -> list[int]:
 @torch.inference_mode()
 def _answered(subject: Subject, ids: Sequence[int], max_new_tokens: int) -> list[int]:
     """The token ids of the greedy answer to a prompt, up to its end or the stop of the template."""
-    model, tokenizer, stop = subject.model, subject.tokenizer, subject.template.stop
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    asked = torch.tensor([ids], device=model.device)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "stop_strings": [stop], "tokenizer": tokenizer, "pad_token_id": pad}
-    said = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **ends)[0, len(ids) :].tolist()
-    ended = lambda n: said[n] == tokenizer.eos_token_id or stop in tokenizer.decode(said[: n + 1])
+    tokenizer, stop = subject.tokenizer, subject.template.stop
+    said = greedy_ids(subject.model, tokenizer, [list(ids)], stop, max_new_tokens)[0].tolist()
+    ends = {tokenizer.eos_token_id} if stop else {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    ended = lambda n: said[n] in ends or stop and stop in tokenizer.decode(said[: n + 1])
     return said[: next((n for n in range(len(said)) if ended(n)), len(said))]
 
 # %% ../nbs/27_explorer.ipynb #d2491443

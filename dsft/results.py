@@ -30,7 +30,6 @@ from .methods import METHODS, Method
 from .metrics import BITS, EVERY_BENCHMARK, metric_of
 from .selection import Curves, by_entropy
 from .study import Run, Study
-from .training import load_recipe
 
 # %% ../nbs/24_results.ipynb #012432ac
 class RunResult(BaseModel):
@@ -275,9 +274,16 @@ def with_query_gaps(table: pd.DataFrame, inside: pd.DataFrame) -> pd.DataFrame:
 RESOURCE_COLUMNS = ["resources", "cost", "trained"]
 
 
+def _needs_of(recipe: str) -> list[str]:
+    """What a recipe has besides the parallel examples."""
+    from dsft.training import load_recipe  # with all that a training needs; tables are made where that is not installed
+
+    return list(load_recipe(recipe).needs)
+
+
 def _resources(study: Study, method: Method) -> list[str]:
     """What a method has besides the parallel examples, its recipes and the runs that it needs included."""
-    own = [*method.resources, *(name for recipe in method.recipes for name in load_recipe(recipe).needs)]
+    own = [*method.resources, *(name for recipe in method.recipes for name in _needs_of(recipe))]
     behind = [name for need in method.needs for name in _resources(study, study.method(need.rpartition("/")[2]))]
     return list(dict.fromkeys([*own, *behind]))
 
@@ -299,7 +305,8 @@ def with_resources(table: pd.DataFrame, study: Study, runs: list[Run]) -> pd.Dat
     found = {key: (flops / of_tft[key] if flops else 0.0, trained) for key, (flops, trained) in efforts.items()}
     before = zip(*(table[name] if name in table else [np.nan] * len(table) for name in RESOURCE_COLUMNS[1:]))
     values = [found.get(key, known) for key, known in zip(zip(table["model"], table["target"], table["method"], table["seed"]), before)]
-    return table.assign(resources=[told[name] for name in table["method"]], **dict(zip(RESOURCE_COLUMNS[1:], zip(*values))))
+    columns = pd.DataFrame(values, columns=RESOURCE_COLUMNS[1:], index=table.index, dtype=float)
+    return table.assign(resources=[told[name] for name in table["method"]], **columns)
 
 # %% ../nbs/24_results.ipynb #bdd46138
 RESULT_COLUMNS = ["model", "target", "method", "seed", "dataset", "lang", "metric", "value", "items", "chance", *LAYER_COLUMNS, *GAP_COLUMNS, *METHOD_COLUMNS, "unparsed", *RESOURCE_COLUMNS]

@@ -37,7 +37,7 @@ from .languages import language_name, sides
 from .methods import PATTERNS, Ask
 from .metrics import BENCHMARKS, BITS, EVERY_BENCHMARK, INSTRUCTIONS, METRICS, TRANSLATION, Benchmark, NotAvailable, bits_per_byte, chrf, comet, f1, f1_script, spbleu
 from .microcosm import World
-from .precision import dtype_here
+from .precision import device_here, dtype_here
 from .prompts import TEMPLATES, Template, benchmark_wording, harness_file, messages_of
 from .study import EvalParams, Study
 
@@ -350,7 +350,7 @@ _TRANSFORMERS = ("hf", "hf-auto", "huggingface")  # lm-eval's names of HFLM
 
 def _by_name(model: str, tokenizer: PreTrainedTokenizerBase, params: EvalParams) -> LM:
     """A folder or hub model in the study's backend; raises ParamsError where lm-eval cannot start it."""
-    device = params.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = params.device or device_here()
     dtype = str(dtype_here(getattr(torch, params.dtype), device)).removeprefix("torch.")
     arguments, backend = {"pretrained": model, "dtype": dtype, **params.backend_args}, params.backend
     if backend in _TRANSFORMERS:

@@ -23,6 +23,7 @@ from .data import TokenizedExample, collate
 from .files import ParamsError, load_model
 from .losses import loss_sums, terms_of
 from .methods import Lora, Sparse, TrainedLayers, TrainedTokens
+from .precision import device_here
 from .study import Study
 
 # %% ../nbs/19_trainable.ipynb #edc6d4c4
@@ -47,10 +48,6 @@ def _refuse_sharded(what: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ParamsError(f"trainable: {what} needs whole weights in every process, and FSDP shards them; train on one process or with DDP")
 
-
-def _device() -> str:
-    """Where a model is going to be trained by this process."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% ../nbs/19_trainable.ipynb #fc2708c6
 @prepare.register
@@ -101,7 +98,7 @@ def _measure_context(model: PreTrainedModel, config: Any, examples: Dataset) -> 
     if config.target_modules == "all-linear":  # which only get_peft_model understands
         head = model.get_output_embeddings()
         config.target_modules = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
-    model.to(_device())
+    model.to(device_here())
     rows = [row["x_en"] + row["y_en"] for row in examples]
     preprocess_corda(model, config, lambda: [model(input_ids=torch.tensor([row], device=model.device), use_cache=False) for row in rows])
 
@@ -124,7 +121,7 @@ def _adapters(trainable: Lora, model: PreTrainedModel, examples: Dataset, full: 
 # %% ../nbs/19_trainable.ipynb #05ec86a8
 def mask_gradients(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
     """Train only the weights that the masks, parameter name -> bool of its shape, say; parameters without a mask are frozen."""
-    model.to(_device())
+    model.to(device_here())
     for name, p in model.named_parameters():
         p.requires_grad_(name in masks)
         if name in masks:
@@ -176,7 +173,7 @@ def pulled_tokens(model: PreTrainedModel, examples: Dataset, k: int) -> Tensor:
 @prepare.register
 def _some_tokens(trainable: TrainedTokens, model: PreTrainedModel, examples: Dataset, full: str | None = None) -> torch.nn.Module:
     _refuse_sharded("tokens")
-    model.to(_device())
+    model.to(device_here())
     table = model.get_input_embeddings().weight
     if trainable.tokens > len(table):
         raise ParamsError(f"trainable.tokens = {trainable.tokens}: the model embeds {len(table)}; take fewer")

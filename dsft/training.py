@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .files import ParamsError, check_intact, clear_temporary, damage, digest, f
 from .files import read_rows, replacing, seal, write_json, write_jsonl, writing
 from .losses import Term
 from .methods import KeptLayers, Part, Pattern, Stage
-from .precision import dtype_here
+from .precision import device_here, dtype_here
 from .prompts import TEMPLATES
 from .rows import beside, sampled
 from .settings import one_line
@@ -103,7 +104,10 @@ def _rows_of_several(run: Run, patterns: Sequence[Pattern], lang: str) -> tuple[
     languages = {**({"en": english} if english else {}), **(dict.fromkeys(run.training_languages, others) if others else {})}
     made = {name: _rows_of_one(run, said, name) for name, said in languages.items()}
     counts = sampled({name: len(rows) for name, (rows, _) in made.items()}, run.method.temperature)
-    rows = [{**made[name][0][n % len(made[name][0])], "id": f"{name}/{n}/{made[name][0][n % len(made[name][0])]['id']}"} for name, count in counts.items() for n in range(count)]
+    rows = []
+    for name, count in counts.items():
+        again = islice(cycle(made[name][0]), count)
+        rows += [{**row, "id": f"{name}/{n}/{row['id']}"} for n, row in enumerate(again)]
     reports = {name: report for name, (_, report) in made.items()}
     return rows, {"lang": lang, "rows": counts, "languages": reports}
 
@@ -234,7 +238,7 @@ def training_arguments(run: Run, stage: Stage, number: int = 1) -> TrainingArgum
     if recipe.batch_size % at_once:
         what = f"train.batch_size = {recipe.batch_size}"
         raise ParamsError(f"{what}: not a multiple of {at_once}, per_device_batch_size x processes; change one")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_here()
     return TrainingArguments(
         output_dir=str(run.checkpoints / f"stage{number}" if number > 1 else run.checkpoints),
         num_train_epochs=recipe.epochs * stage.epochs,
@@ -294,13 +298,13 @@ def _note_origin(run: Run, rows: Dataset, folders: Sequence[str], number: int) -
         write_json(run.checkpoints / f"stage{number}-origin.json", origin)
 
 
-def _lessons(run: Run, stage: Stage, student: PreTrainedModel) -> list[Term]:
-    """The losses against the stage's teacher, none without one."""
+def _lessons(run: Run, stage: Stage, student: PreTrainedModel, bf16: bool) -> list[Term]:
+    """The losses against the stage's teacher, in bfloat16 or in float32; none without one."""
     if not (stage.teacher and stage.teacher.teaches):
         return []
     name = run.base if stage.teacher.run == "base" else run.needs[stage.teacher.run].trained
     check_intact(name)
-    dtype = torch.bfloat16 if run.study.train.bf16 else torch.float32
+    dtype = torch.bfloat16 if bf16 else torch.float32
     return teacher_terms(stage.teacher, load_model(AutoModelForCausalLM, name, f"models.{run.model}.path", dtype=dtype), student)
 
 
@@ -323,7 +327,7 @@ def train_stage(run: Run, stage: Stage, start: str, number: int = 1, full: str |
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     _note_origin(run, rows, [arguments.output_dir, *({start, full} - {run.start_model, None})], number)
-    special = {"terms": _lessons(run, stage, model), "layer_decay": getattr(stage.trainable, "decay", 1.0), "l1": getattr(stage.trainable, "l1", 0.0)}
+    special = {"terms": _lessons(run, stage, model, arguments.bf16), "layer_decay": getattr(stage.trainable, "decay", 1.0), "l1": getattr(stage.trainable, "l1", 0.0)}
     data = {"train_dataset": examples, "processing_class": tokenizer, "max_length": row_length(run), "gradient_norm_steps": recipe.gradient_norm_steps}
     with _reporting(run, number), writing(arguments.output_dir):
         trainer = DSFTTrainer(model, arguments, stage.supervisions, recipe.loss_path, callbacks=[Checkpoints()], **special, **data)

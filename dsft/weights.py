@@ -69,14 +69,18 @@ def flops_behind(run: Run) -> float:
     return float(sum(json.loads(file.read_text(encoding="utf-8")).get("flops", float("nan")) if file.is_file() else float("nan") for file in files))
 
 # %% ../nbs/19_weights.ipynb #4a5d89dd
+def _save_with_tokenizer(run: Run, model: PreTrainedModel, folder: Path) -> None:
+    """Write a model and the tokenizer of the run's base into a folder."""
+    with from_hub(run.base, "model", f"models.{run.model}.path"):
+        AutoTokenizer.from_pretrained(run.base).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
 def save_combined(run: Run, model: PreTrainedModel, started: float, command: str) -> None:
     """Save the model of a run that adds up others, with its tokenizer and where it comes from, as a training is saved."""
-    with from_hub(run.base, "model", f"models.{run.model}.path"):
-        tokenizer = AutoTokenizer.from_pretrained(run.base)
     origin = {"inputs": run.inputs, "base_sha256": digest(run.base), "needs_sha256": run.needs_sha256}
     with replacing(run.trained) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save_with_tokenizer(run, model, folder)
         (folder / "provenance.json").write_text(json.dumps(provenance(command, started, **origin) | {"steps": 0, "train_seconds": 0.0, "flops": flops_behind(run), "trained": 0.0}, indent=1) + "\n", encoding="utf-8")
         seal(folder)
 
@@ -99,9 +103,6 @@ def save_start(run: Run, folder: Any) -> None:
     """Write the base of a run with those layers that its method keeps, and its tokenizer, as the folder that its first stage starts from."""
     model = _load(run, run.base)
     keep_layers(model, run.method.start.layers)
-    with from_hub(run.base, "model", f"models.{run.model}.path"):
-        tokenizer = AutoTokenizer.from_pretrained(run.base)
     with replacing(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        _save_with_tokenizer(run, model, temporary)
         seal(temporary)

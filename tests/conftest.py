@@ -45,6 +45,21 @@ def seq2seq(folder: Path) -> str:
     return str(folder)
 
 
+def small_study(folder: Path, *methods: str | dict, **train):
+    """A study of sixteen examples in Chinese and the shipped base: a training takes seconds."""
+    from dsft.study import Study
+
+    return Study(
+        name="small",
+        models={"micro-llama": {"path": str(ROOT / "models" / "micro-llama")}},
+        languages=["zh"],
+        methods=methods,
+        data={"items": 16},
+        train={"batch_size": 8, "per_device_batch_size": 4, "epochs": 1, "learning_rate": 1e-3, "bf16": False, "logging_steps": 1} | train,
+        runs=str(folder),
+    )
+
+
 @pytest.fixture(scope="session")
 def train_on_alpaca(tmp_path_factory) -> Callable:
     """A function (lang, method) -> (run, trainer) that trains the microcosm's base 20 steps on real Alpaca, English and that language.

@@ -18,7 +18,6 @@ runpy.run_module("dsft.step_cost", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.xfail(strict=True, reason="dsft.results imports dsft.training for the names of recipes, and with it datasets, which a bare GPU machine lacks: import it where it is called")
 def test_the_gpu_measurement_in_miniature(tmp_path):
     sizes = ("--batch_size", "2", "--length", "32", "--repeats", "1")
     command = [sys.executable, "-c", PROGRAM, "--miniature", "--out", str(tmp_path), *sizes]

@@ -4,23 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import small_study
 
 from dsft.files import ParamsError
-from dsft.study import Study
 from dsft.training import fine_tune, save_training
-
-
-def study(folder, *methods) -> Study:
-    return Study(
-        name="taught",
-        models={"micro-llama": {"path": str(ROOT / "models" / "micro-llama")}},
-        languages=["zh"],
-        methods=methods,
-        data={"items": 16},
-        train={"batch_size": 8, "per_device_batch_size": 4, "epochs": 1, "learning_rate": 1e-3, "bf16": False, "logging_steps": 1},
-        runs=str(folder),
-    )
 
 
 def taught(teacher, rows=("tgt",), name="taught") -> dict:
@@ -28,7 +15,7 @@ def taught(teacher, rows=("tgt",), name="taught") -> dict:
 
 
 def trained(folder, method):
-    return fine_tune(study(folder, method).run("micro-llama", "zh", method if isinstance(method, str) else method["name"], 0))
+    return fine_tune(small_study(folder, method).run("micro-llama", "zh", method if isinstance(method, str) else method["name"], 0))
 
 
 def test_a_teacher_without_weight_changes_nothing(tmp_path):
@@ -47,7 +34,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_at_first(tmp_path):
 def test_another_run_teaches_on_its_own_rows(tmp_path):
     fused = {"name": "fused", "stages": [{"rows": [{"instruction": "{i_en} {n_en}", "input": "{i_tgt} {n_tgt}", "output": "{o_tgt}"}]}]}
     filtered = taught({"run": "fused", "rows": fused["stages"][0]["rows"][0], "weight": 0.5, "temperature": 2}, rows=("tgt", "en"))
-    two = study(tmp_path, fused, filtered)
+    two = small_study(tmp_path, fused, filtered)
     run = two.run("micro-llama", "zh", "taught", 0)
     assert [needed.method.name for needed in two.all_trainings()] == ["fused", "taught"]
     save_training(run.needs["fused"], fine_tune(run.needs["fused"]), 0.0, "pytest")

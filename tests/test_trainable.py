@@ -2,25 +2,12 @@
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, small_study
 from transformers import AutoModelForCausalLM
 
 from dsft import training
-from dsft.study import Study
 from dsft.trainable import largest_changes
 from dsft.training import fine_tune
-
-
-def study(folder, *methods, **train) -> Study:
-    return Study(
-        name="trainable",
-        models={"micro-llama": {"path": str(ROOT / "models" / "micro-llama")}},
-        languages=["zh"],
-        methods=methods,
-        data={"items": 16},
-        train={"batch_size": 8, "per_device_batch_size": 4, "epochs": 2, "learning_rate": 1e-3, "bf16": False} | train,
-        runs=str(folder),
-    )
 
 
 def one(name: str, trainable, **stage) -> dict:
@@ -30,7 +17,7 @@ def one(name: str, trainable, **stage) -> dict:
 def weights(folder, method, **train) -> dict[str, torch.Tensor]:
     """What a method makes of the base."""
     name = method if isinstance(method, str) else method["name"]
-    return dict(fine_tune(study(folder, method, **train).run("micro-llama", "zh", name, 0)).model.named_parameters())
+    return dict(fine_tune(small_study(folder, method, epochs=2, **train).run("micro-llama", "zh", name, 0)).model.named_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +53,7 @@ def test_lower_layers_move_less_with_decay(tmp_path, base, tft):
 
 
 def test_sparse_training_changes_nothing_outside_its_mask(tmp_path, base):
-    run = study(tmp_path, one("sparse", {"sparse": 0.05, "l1": 0.1})).run("micro-llama", "zh", "sparse", 0)
+    run = small_study(tmp_path, one("sparse", {"sparse": 0.05, "l1": 0.1}), epochs=2).run("micro-llama", "zh", "sparse", 0)
     sparse = dict(fine_tune(run).model.named_parameters())
     dense = dict(AutoModelForCausalLM.from_pretrained(run.checkpoints / "stage1-model").named_parameters())
     matrices = {name: p.detach() for name, p in base.items() if p.dim() > 1}
@@ -109,4 +96,4 @@ def test_tokens_change_so_many_rows_and_nothing_else(tmp_path, base):
 def test_weight_decay_is_refused_with_a_mask(tmp_path):
     for trainable in ({"sparse": 0.1}, {"tokens": 3}):
         with pytest.raises(ValueError, match="weight_decay = 0.1: it would change"):
-            study(tmp_path, one("masked", trainable), weight_decay=0.1)
+            small_study(tmp_path, one("masked", trainable), weight_decay=0.1)
