@@ -307,6 +307,7 @@ rule select_layers:
 rule recipe_rows:
     input:
         base=lambda w: base_files(w.model),
+        needed=lambda w: [os.path.relpath(needed.trained) for needed in trainings[tuple(w)].needs.values()],
         notebook=ancient("nbs/experiments/recipe_rows.ipynb"),
     output:
         f"{RUN}/recipe_rows.jsonl",

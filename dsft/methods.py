@@ -557,21 +557,21 @@ METHODS = {
         _supervised("dsft_logits_decay", "logits", "lc", "et", weight=Weight(schedule="linear")),
         # Other systems of the field, each in the terms above. Which rows:
         Method(name="xp3", title="xP3", source="Muennighoff et al., ACL 2023", stages=[{"rows": ["en", "xp3"]}], ask={"words": "en"}),
-        Method(name="multi", title="multi", source="mBART-50, Tang et al. 2020", languages="all", temperature=1.5, stages=[{"rows": ["en", "tgt"]}]),
-        Method(name="bridge", title="bridge", source="Florenz, Spravil et al. 2025", stages=[{"rows": ["en", "translate"]}]),  # translation opens a task in a new language
+        Method(name="multi", title="multi", source="mBART-50, Tang et al., 2020", languages="all", temperature=1.5, stages=[{"rows": ["en", "tgt"]}]),
+        Method(name="bridge", title="bridge", source="Florenz, Spravil et al., AAAI 2026", stages=[{"rows": ["en", "translate"]}]),  # translation opens a task in a new language
         Method(name="share25", title="share-25", source="Centurio, Geigle et al., ACL 2025", stages=[{"rows": [{"tgt": 0.25}, {"en": 0.75}]}]),  # a quarter suffices
         Method(name="related", title="related", source="Niyongabo et al., COLING 2020", languages=["vi"]),  # trained on another language; a study names the related one
-        Method(name="csr", title="CSR", source="code-switching restore, CSR4mBART", stages=[{"rows": ["restore"]}, {}]),
+        Method(name="csr", title="CSR", source="CSR4mBART, Zan et al., 2022", stages=[{"rows": ["restore"]}, {}]),
         Method(name="tag", title="tag", source="GNMT, Johnson et al., TACL 2017", stages=[{"rows": ["tgt", "translate"]}], ask={"prefix": "<2{lang}> "}),
         # How it is asked:
-        Method(name="taco", title="TaCo", source="Upadhayay and Behzadan 2023", start="sft", stages=[{"rows": ["taco"]}], ask={"think": "Response in {language}:"}),
+        Method(name="taco", title="TaCo", source="Upadhayay and Behzadan, 2023", start="sft", stages=[{"rows": ["taco"]}], ask={"think": "Response in {language}:"}),
         Method(name="ldp", title="LDP", source="Nguyen et al., ACL 2024", role="comparator", stages=(), ask={"shots": {"k": 4, "languages": "others"}}),
         Method(
-            name="adaptive_mt", title="adaptive-MT", source="Moslem et al. 2023", ask={"shots": {"k": 1, "by": "nearest"}},
+            name="adaptive_mt", title="adaptive-MT", source="Moslem et al., 2023", ask={"shots": {"k": 1, "by": "nearest"}},
             stages=[{"rows": ["translate", "near"], "trainable": {"lora": {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1}}}],
         ),
         # Which examples, with their controls:
-        Method(name="mining", title="InstructMining", source="Cao et al. 2023", stages=[{"select": {"by": "quality", "keep": 0.25}}]),
+        Method(name="mining", title="InstructMining", source="Cao et al., 2023", stages=[{"select": {"by": "quality", "keep": 0.25}}]),
         Method(name="mining_length", title="longest-quarter", stages=[{"select": {"by": "length", "keep": 0.25}}]),
         Method(name="mining_random", title="random-quarter", stages=[{"select": {"by": "random", "keep": 0.25}}]),
         Method(name="gotd", title="GOT-D", source="Kang et al., ICLR 2024", stages=[{"rows": [{"text": 4}], "select": {"by": "transport", "keep": 0.25, "side": "tgt"}}, {}]),
@@ -579,26 +579,30 @@ METHODS = {
         # Several stages:
         Method(name="alma", title="ALMA", source="Xu et al., ICLR 2024", stages=[{"rows": ["text"]}, {"rows": ["translate"], "trainable": {"lora": {"r": 16}}}, {}]),
         Method(name="paradigm", title="paradigm", source="Guo et al., Findings of NAACL 2024", stages=[{"rows": ["text"]}, {"rows": ["interlinear"]}, {"rows": ["translate_source"]}, {}]),
-        Method(name="tower", title="Tower+", source="its first two stages, Rei et al. 2025", stages=[{"rows": [{"text": 0.66}, {"interlinear": 0.33}]}, {"rows": ["tgt", "en", "translate"]}]),
+        Method(name="tower", title="Tower+", source="its first two stages, Rei et al., ACL 2026", stages=[{"rows": [{"text": 0.66}, {"interlinear": 0.33}]}, {"rows": ["tgt", "en", "translate"]}]),
         Method(name="interlinear", title="interlinear", stages=[{"rows": ["interlinear"]}, {}]),  # the paradigm's second stage alone
         Method(name="maft", title="MAFT", source="Alabi et al., COLING 2022", languages="all", stages=[{"rows": ["text"]}, {"rows": ["tgt"]}]),  # on a base whose vocabulary is cut
-        Method(name="two_stage", title="two-stage", source="two-stage fine-tuning for Indian languages", start="multi", stages=[{"trainable": {"lora": {"r": 16, "lora_alpha": 32}}}]),
-        Method(name="quick", title="quick", source="Gupta et al. 2023", start="sft", items=150),  # few examples after English instructions
+        Method(name="two_stage", title="two-stage", source="Mujadia et al., 2023", start="multi", stages=[{"trainable": {"lora": {"r": 16, "lora_alpha": 32}}}]),
+        Method(name="quick", title="quick", source="Gupta et al., 2023", start="sft", items=150),  # few examples after English instructions
         # Which weights are trained:
         Method(name="lora", title="LoRA", source="Hu et al., ICLR 2022", stages=[{"trainable": {"lora": {"r": 16, "lora_alpha": 32}}}]),  # as many chatbots are made from translated Alpaca
         Method(
             name="corda", title="CorDA", source="Yang et al., NeurIPS 2024",  # who take r = 128
             stages=[{"trainable": {"lora": {"r": 32, "lora_alpha": 32, "init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}}}],
         ),
-        Method(name="frozen", title="frozen", source="Tinn et al. 2023", stages=[{"trainable": {"layers": "25%-"}}]),
-        Method(name="decay", title="decay", source="Tinn et al. 2023", stages=[{"trainable": {"decay": 0.8}}]),
+        Method(name="frozen", title="frozen", source="Tinn et al., Patterns 2023", stages=[{"trainable": {"layers": "25%-"}}]),
+        Method(name="decay", title="decay", source="Tinn et al., Patterns 2023", stages=[{"trainable": {"decay": 0.8}}]),
         Method(name="sixt", title="SixT+", source="Chen et al., ACL 2022", stages=[{"trainable": {"layers": "50%-"}}, {}]),  # upper layers, then all
-        Method(name="tokens", title="tokens", source="canonical examples, Hewitt et al. 2024", stages=[{"trainable": {"tokens": 10}}]),  # few embeddings in the place of few senses
+        Method(name="tokens", title="tokens", source="canonical examples, Hewitt et al., 2024", stages=[{"trainable": {"tokens": 10}}]),  # few embeddings in the place of few senses
         Method(name="ltsft_lang", title="LT-SFT-language", source="half of LT-SFT", stages=[{"rows": ["text"], "trainable": {"sparse": 0.04, "l1": 0.1}}]),
         Method(name="ltsft_task", title="LT-SFT-task", source="half of LT-SFT", stages=[{"rows": ["en"], "trainable": {"sparse": 0.05}}]),
+        Method(
+            name="lda", title="LDA", source="Bai et al., 2024", start="multi",  # an adapter a language, on the model's own answers
+            stages=[{"rows": [{"recipe": "self_training"}], "trainable": {"lora": {"r": 8, "lora_dropout": 0.1}}}],
+        ),
         # What is added up without training:
         Method(name="ltsft", title="LT-SFT", source="Ansell et al., ACL 2022", weights={"ltsft_lang": 1, "ltsft_task": 1}),
-        Method(name="transfer", title="transfer", source="Lin et al. 2025", weights={"old-base/tft": 1}),  # between versions of a base; the study has a model old-base
+        Method(name="transfer", title="transfer", source="Lin et al., EMNLP 2025", weights={"old-base/tft": 1}),  # between versions of a base; the study has a model old-base
         # Who teaches:
         Method(name="fused", title="FILTER-teacher", source="half of FILTER", stages=[{"rows": ["paired", "en"]}]),
         Method(name="filter", title="FILTER", source="Fang et al., AAAI 2021", stages=[{"rows": ["tgt", "en"], "teacher": {"run": "fused", "rows": "paired", "weight": 0.5, "temperature": 2}}]),

@@ -49,6 +49,7 @@ from .weights import flops_behind, save_start
 
 # %% ../nbs/20_training.ipynb #0486aef7
 RECIPES = {
+    "self_training": "dsft.recipes.self_training",
     "sdrrl": "dsft.recipes.sdrrl",
 }
 

@@ -22,7 +22,7 @@ from test_tasks import BROKEN, data_dir, test_a_broken_file_is_one_line  # noqa:
 from dsft.checks import check
 from dsft.data import parallel_rows
 from dsft.files import ParamsError, load_model, python_code
-from dsft.generation import load_base
+from dsft.generation import load_generator
 from dsft.settings import DataParams
 from dsft.study import Study, load_study
 from dsft.training import fine_tune
@@ -347,7 +347,7 @@ def test_a_study_on_a_damaged_base_trains_nothing(tmp_path):
     (base / "SHA256SUMS").unlink()  # as of a base from elsewhere, which nobody has sealed
     more = {"languages": ["zh"], "methods": ["tft"], "runs": str(tmp_path / "runs"), "data": {"items": 8, "max_length": 256}}
     run = Study(name="s", models={"m": {"path": str(base)}}, train={"max_steps": 1, "batch_size": 2, "per_device_batch_size": 2, "bf16": False}, **more).run("m", "zh", "tft", 0)
-    for use in (fine_tune, load_base):
+    for use in (fine_tune, lambda run: load_generator(run, run.base)):
         with pytest.raises(ParamsError, match=r"models\.m\.path = .*: the checkpoint has no weight model\.layers\.3\.mlp\.up_proj\.weight"):
             use(run)
 

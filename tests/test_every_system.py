@@ -3,19 +3,22 @@
 import time
 from pathlib import Path
 
+import papermill
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsft.data_selection import chosen, needs_model, pool, scores
 from dsft.files import write_json, write_jsonl
-from dsft.generation import load_base
+from dsft.generation import load_generator
 from dsft.methods import METHODS
-from dsft.study import Run, Study
+from dsft.study import Run, Study, load_study
 from dsft.tasks import evaluate
 from dsft.training import fine_tune, load_recipe, recipe_options, save_training
 from dsft.weights import combined, save_combined
 
-BASE = str(Path(__file__).parents[1] / "models" / "micro-llama")
+ROOT = Path(__file__).parents[1]
+BASE = str(ROOT / "models" / "micro-llama")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def select(run: Run) -> None:
     for number, stage in enumerate(run.method.stages, 1):
         if stage.select:
             rows = pool(run, stage)
-            found, _ = scores(run, stage.select, rows, *(load_base(run) if needs_model(stage.select) else (None, None)))
+            found, _ = scores(run, stage.select, rows, *(load_generator(run, run.base) if needs_model(stage.select) else (None, None)))
             stages[str(number)] = {"ids": chosen([row["id"] for row in rows], found, stage.select.keep)}
     write_json(run.selected_rows, {"stages": stages})
 
@@ -78,3 +81,24 @@ def test_every_comparator_names_its_paper_or_is_a_control():
     controls = {"base", "sft", "tft", "tft_en", "mining_length", "mining_random", "gotd_random", "interlinear", "bistil_alone"}
     ours = {"dsft_logits_balanced", "dsft_feature_balanced", "dsft_logits_decay"}
     assert {name for name, method in METHODS.items() if not method.source} == controls | ours
+
+
+def test_a_base_that_reads_bytes_is_pretrained_trains_and_answers(tmp_path):
+    """MonoByte: whatever is written, a token is a byte of it."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 259, "tokens": 20_000, "batch_size": 8}
+    given = {"models": {"bytes": {"pretrain": sizes}}, "languages": ["zh"], "methods": ["tft"], "data": {"items": 8, "held_out": 4, "max_length": 1024}}
+    given |= {"train": {"max_steps": 2, "batch_size": 4, "per_device_batch_size": 4, "bf16": False}, "evaluation": {"benchmarks": ["xquad", "xcopa"], "items": 4, "max_new_tokens": 8}}
+    file = tmp_path / "bytes.yaml"
+    file.write_text(yaml.safe_dump(given | {"runs": str(tmp_path / "runs")}), encoding="utf-8")
+    papermill.execute_notebook(ROOT / "nbs/experiments/pretrain.ipynb", tmp_path / "out.ipynb", {"study": str(file), "model": "bytes"}, cwd=ROOT, progress_bar=False)
+    study = load_study(file)
+    run = study.run("bytes", "zh", "tft", 0)
+    tokenizer = AutoTokenizer.from_pretrained(run.base)
+    for text in ("Anna lives in Hanoi.\n", "安娜住在河内。", "Anna sống ở Hà Nội", "تعيش آنا", "🙂"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+    make(run)
+    model = AutoModelForCausalLM.from_pretrained(run.trained)
+    assert model.get_input_embeddings().num_embeddings == 259
+    scores, samples = evaluate(model, tokenizer, study, ("zh", "en"))
+    assert {(s["dataset"], s["lang"]) for s in scores} == {(name, lang) for name in ("xquad", "xcopa") for lang in ("zh", "en")} and len(samples) == 16

@@ -219,7 +219,7 @@ def test_a_study_of_the_paper_is_rehearsed_to_its_last_table(project):
     assert "models.llama-2-7b: random and narrow in place of meta-llama/Llama-2-7b-hf: llama of 32 layers" in told
     assert "study paper: 4 of 4 runs finished, in runs/rehearsal/paper" in told
     figures = project / "runs" / "rehearsal" / "figures" / "paper"
-    assert not (project / "figures").exists()
+    assert not (project / "figures" / "paper").exists()
     assert "XQuAD F1, zh" in (figures / "table1.md").read_text(encoding="utf-8") and "COMET, en-zh" in (figures / "table4.md").read_text(encoding="utf-8")
     assert "ET-logits: best at layer 5" in (figures / "figure3.md").read_text(encoding="utf-8") and (figures / "figure3.svg").exists()
     assert (figures / "claims.md").exists() and (figures / "table1_harness.csv").exists()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dsft.data import TokenizedExample, collate, parallel_rows
 from dsft.files import ParamsError, write_json
-from dsft.generation import greedy_answers, load_base
+from dsft.generation import greedy_answers, load_generator
 from dsft.losses import dsft_loss, gradient_norms, join
 from dsft.methods import METHODS, Method, Weight
 from dsft.study import Study, load_study
@@ -383,5 +383,6 @@ def test_prompts_longer_than_the_model_are_told(few_positions, monkeypatch):
 
 
 def test_prompts_of_a_generation_stay_within_the_positions(few_positions):
-    model, tokenizer = load_base(few_positions.run("gpt2", "zh", "tft", 0))
+    run = few_positions.run("gpt2", "zh", "tft", 0)
+    model, tokenizer = load_generator(run, run.base)
     assert greedy_answers(model, tokenizer, ["word " * 100, "a"], "\n", 8)[1] == greedy_answers(model, tokenizer, ["a"], "\n", 8)[0]

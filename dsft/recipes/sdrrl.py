@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..code_switching import code_switch, read_dictionary, text_lines
 from ..data import example_fields, parallel_pairs, say
 from ..files import ParamsError, located
-from ..generation import TranslatorOptions, load_base, own_answers, translator
+from ..generation import TranslatorOptions, load_generator, own_answers, translator
 from ..languages import is_unspaced, language_name, nearest, to_nfc
 from ..methods import PATTERNS
 from ..microcosm import World
@@ -213,7 +213,7 @@ def training_mix(run: Run, options: SDRRLOptions, model: PreTrainedModel, tokeni
 
     prompt = TEMPLATES[run.study.data.template].prompt
     questions = [prompt(pair.english["instruction"], pair.english["input"] or "") for pair in pairs]
-    own = own_answers(run, model, tokenizer, questions, options.max_new_tokens, options.batch_size)
+    own = own_answers(run, run.base, model, tokenizer, questions, options.max_new_tokens, options.batch_size)
     answers, report = chosen_answers(own, [(pair.english["output"], pair.target["output"]) for pair in pairs], options.rouge_l, translate)
 
     rng = random.Random(f"sdrrl/{run.lang}/{run.seed}")
@@ -225,7 +225,7 @@ def training_mix(run: Run, options: SDRRLOptions, model: PreTrainedModel, tokeni
 
 # %% ../../nbs/recipes/sdrrl.ipynb #4910aab5
 def _rows(run: Run, options: SDRRLOptions) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    return training_mix(run, options, *load_base(run))
+    return training_mix(run, options, *load_generator(run, run.base))
 
 
 RECIPE = Recipe(options=SDRRLOptions, rows=_rows, check=partial(resources, load_translator=False), needs=("dictionary", "translation model"))
