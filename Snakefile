@@ -68,7 +68,7 @@ ANALYSES = {
     "cost": ["costs.csv", *of_both("cost"), *picture("cost")],
     "data_size": [*of_both("data_size", "data_size_against_tft"), *picture("data_size")],
     "code_switch_sweep": [*of_both("code_switch_sweep"), *picture("code_switch_sweep")],
-    "which_method": [*of_both("which_method"), *picture("which_method")],
+    "which_method": [*of_both("which_method"), *of_both("which_base"), *picture("which_method")],
     "learning_rates": of_both("learning_rates"),
     "claims": [*of_both("claims"), *picture("claims")],
     "replication": of_both("replication"),
