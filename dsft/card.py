@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from .files import PACKAGE, replacing, versions
-from .methods import Supervision
+from .methods import KeptLayers, Method, Supervision
 from .metrics import EVERY_BENCHMARK, METRICS
 from .study import Run
 
@@ -91,20 +91,29 @@ def _results(scores: Sequence[dict[str, Any]]) -> list[EvalResult]:
 # %% ../nbs/11_card.ipynb #a17f9706
 def _data_in_words(run: Run) -> str:
     """What a run was trained on."""
-    data, lang = run.study.data, run.training_lang
-    sides = "English" if lang == "en" else f"English and {lang}, parallel"
+    data, langs = run.study.data, run.training_languages
+    sides = "English" if langs == ("en",) else f"English and {' and '.join(langs)}, parallel"
     if data.source == "microcosm":
         where = "the generated instructions of the microcosm"
     else:
-        where = ", ".join(f"`{table.shown}`" for name, table in data.files.items() if name in ("en", lang))
+        where = ", ".join(f"`{table.shown}`" for name, table in data.files.items() if name in ("en", *langs))
     many = f", the first {items:,} examples" if (items := run.method.items or data.items) else ""
     return f"{sides}: {where}{many}. Template {data.template}, at most {data.max_length} tokens."
+
+
+def _start_in_words(method: Method) -> str:
+    """What a method makes its model of, "" for the base as it is."""
+    if method.weights:
+        return "Made without training: to the base is added " + ", and ".join(f"{scale:g} times what {name} has learned from its own" for name, scale in method.weights.items()) + "."
+    if isinstance(method.start, KeptLayers):
+        return f"Starts from every layer of the base whose number is a multiple of {method.start.layers}."
+    return f"Starts from the model of {method.start!r}." if method.start else ""
 
 
 def _stages_in_words(run: Run) -> str:
     stages = run.stages
     parts = [(f"Stage {n}: " if len(stages) > 1 else "") + method_in_words(stage.supervisions) for n, stage in enumerate(stages, 1)]
-    return "\n\n".join([*([f"Starts from the model of {run.method.start!r}."] if run.method.start else []), *parts])
+    return "\n\n".join(filter(None, [_start_in_words(run.method), *parts]))
 
 
 def _scores_in_words(scores: Sequence[dict[str, Any]]) -> str:
@@ -134,7 +143,7 @@ def write_run_card(run: Run, folder: str | Path | None = None) -> None:
     }
     base = of_base(run.base, run.model if Path(run.base).is_relative_to(run.study.folder()) else "")
     text = card_text(name, f"{base['base_model']}, fine-tuned by {PACKAGE} in the study {run.study.name}.", sections)
-    hub = [table.hub for lang, table in run.study.data.files.items() if table.hub and lang in ("en", run.training_lang)]
+    hub = [table.hub for lang, table in run.study.data.files.items() if table.hub and lang in ("en", *run.training_languages)]
     results = {"eval_results": _results(scores), "model_name": name} if scores else {}
-    languages = list(dict.fromkeys([run.training_lang, "en"]))
+    languages = list(dict.fromkeys([*run.training_languages, "en"]))
     write_card(folder, text, **base, language=languages, datasets=list(dict.fromkeys(hub)) or None, tags=["multilingual", run.method.name], **results)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .backbone import find_backbone
+from .card import write_run_card
 from .files import ParamsError, check_intact, digest, from_hub, load_model, provenance, replacing, seal
 from .study import Run
 
@@ -82,6 +83,7 @@ def save_combined(run: Run, model: PreTrainedModel, started: float, command: str
     with replacing(run.trained) as folder:
         _save_with_tokenizer(run, model, folder)
         (folder / "provenance.json").write_text(json.dumps(provenance(command, started, **origin) | {"steps": 0, "train_seconds": 0.0, "flops": flops_behind(run), "trained": 0.0}, indent=1) + "\n", encoding="utf-8")
+        write_run_card(run, folder)
         seal(folder)
 
 # %% ../nbs/19_weights.ipynb #79f086f0
