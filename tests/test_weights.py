@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ def test_a_run_carried_to_its_own_base_is_that_run(study):
     run.check_trained()
     moved, trained = weights(run.trained), weights(study.run("old-base", "zh", "lang", 0).trained)
     assert all(torch.equal(moved[name], trained[name]) for name in trained)
+    assert "Made without training: to the base is added 1 times what old-base/lang has learned from its own." in (Path(run.trained) / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_run_carried_to_another_base_changes_it_by_what_was_learned(study):
