@@ -253,7 +253,8 @@ def larger(self: World, rng: random.Random) -> Exercise:
 # %% ../nbs/07_microcosm.ipynb #ff5c55cb
 @patch
 def _two_events(self: World, rng: random.Random, skill: str, event: str, part: str, told: tuple[str, ...], asks: str) -> Exercise:
-    person, other = pick(rng, self.people[event, part]), pick(rng, [other for other in self.events if other != event])
+    alike = [other for other in self.events if part == "train" or (other in INSTRUCTED) == (event in INSTRUCTED)]
+    person, other = pick(rng, self.people[event, part]), pick(rng, [other for other in alike if other != event])
     options = shuffled(rng, [Line(each, asks, 0, person) for each in (event, other)])
     lines = tuple(Line(event, kind, 0, person) for kind in told)
     return Exercise(skill, lines[0], lines, Line(asks, "question", 0).reworded(rng), options, options.index(lines[0]._replace(kind=asks)))
@@ -359,8 +360,14 @@ def _is_dev(self: World, about: Line) -> bool:
 
 
 @patch
+def _benchmark_topics(self: World, name: str) -> tuple[str, ...]:
+    """What the items of a benchmark are about, in turns."""
+    return self.relations if name == "mlqa" else self.topics(name)
+
+
+@patch
 def _candidates(self: World, rng: random.Random, name: str, split: str) -> Iterator[dict | None]:
-    for call, topic in enumerate(itertools.cycle(self.topics(name))):
+    for call, topic in enumerate(itertools.cycle(self._benchmark_topics(name))):
         about, sides = self._sides(rng, name, topic, call % WORDINGS)
         yield {"relation": topic, "seen": topic in INSTRUCTED, **sides} if self._is_dev(about) == (split == "dev") else None
 
@@ -387,7 +394,7 @@ def chance(self: World, name: str) -> float:
         return 0.0
     if choices := {"xcopa": 2, "xstorycloze": 2, "xnli": 3, "truthfulqa": 4, "mmlu": 4}.get(name):
         return 100 / choices
-    words = [len(self.known_values[topic] if name == "mkqa" else self.concepts[self.types[topic]]) for topic in self.topics(name)]
+    words = [len(self.known_values[topic] if name == "mkqa" else self.concepts[self.types[topic]]) for topic in self._benchmark_topics(name)]
     return 100 * sum(1 / number for number in words) / len(words)
 
 # %% ../nbs/07_microcosm.ipynb #c1e6438a
