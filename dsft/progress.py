@@ -106,7 +106,7 @@ class Progress:
         return f"{self.done} steps{failed}"
 
     def time_left(self, now: float) -> str:
-        """In words; "" before the first step has ended."""
+        """In words; "" before the first step has ended, and while no step is left of a rule that has been seen."""
         took = {rule: [seconds for step, seconds in self.ended.items() if step.rule == rule and step not in self.failed] for rule in self.steps}
         if not any(took.values()):
             return ""
@@ -114,6 +114,8 @@ class Progress:
         running = [(step.rule, now - began) for step, began in self.running.items()]
         at_once = (sum(self.ended.values()) + sum(so_far for _, so_far in running)) / max(1e-9, now - self.began)
         seconds, whole = seconds_left(to_do, took, running, at_once)
+        if not (whole or seconds):
+            return ""
         return f"{'about' if whole else 'more than'} {in_words(seconds)} left"
 
     def line(self, now: float, width: int | None = None) -> str:
