@@ -43,3 +43,8 @@ def test_clean_removes_what_can_be_made_again_and_no_result(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("removing: ") and "kept: every result" in done.stdout
     assert files(tmp_path) == {*RESULTS, "runs/s/.lock", ".venv/lib/__pycache__/x.pyc"}
     assert make("clean", tmp_path / "figures").returncode == 0  # where there is nothing
+
+
+def test_git_takes_packed_runs_and_leaves_run_folders():
+    ignored = lambda path: subprocess.run(["git", "check-ignore", "--quiet", path], cwd=ROOT).returncode == 0
+    assert ignored("runs/micro/micro-llama/zh/tft/seed0/metrics.json") and not ignored("figures/micro/runs/micro-llama_zh_tft_seed0.tar.xz")
