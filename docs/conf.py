@@ -12,6 +12,7 @@ extensions = ["myst_nb"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
 nb_execution_mode = "off"  # the outputs are the committed ones
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # outputs have tables, too
 nb_ipywidgets_js = {}  # they would come from elsewhere, and there is no kernel behind a page
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -69,8 +70,7 @@ def as_page(app, docname: str, source: list[str]) -> None:
                 cell["metadata"]["tags"].append("remove-input")
             for output in cell.get("outputs", []):
                 if "text/markdown" in output.get("data", {}):
-                    said = linked_pages_only("".join(output["data"]["text/markdown"]), folder)
-                    output["data"]["text/markdown"] = re.sub(r"\]\(([^):\s]+)\.ipynb(#[^)\s]*)?\)", r"](\1.html\2)", said)  # myst-nb leaves the links of outputs as they are
+                    output["data"]["text/markdown"] = linked_pages_only("".join(output["data"]["text/markdown"]), folder)
         kept.append(cell)
     if docname == "index":
         kept.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents()})

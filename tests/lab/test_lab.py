@@ -1,6 +1,7 @@
 """Notebooks and site as one sees them, in a real browser: `make test-lab`. Its pictures are in runs/lab/, to be looked at."""
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -201,6 +202,11 @@ def test_links_of_the_site_lead_somewhere(site):
 
 def test_every_notebook_is_a_page(site):
     assert {f"{name.removeprefix('nbs/').removesuffix('.ipynb')}.html" for name in committed("nbs/*.ipynb")} <= {file.relative_to(SITE).as_posix() for file in site}
+
+
+def test_tables_are_tables_in_outputs_too(site):
+    assert "C1a TFT" in "".join(re.findall(r"<td.*?</td>", (SITE / "index.html").read_text(encoding="utf-8"), re.DOTALL))
+    assert not [file.name for file in site if re.search(r"<p>\|[^<]*\|\s*(—|-{2,})", file.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("name", ["index", "14_losses", "06_phrasebook", "analysis/figure2", "explore"])
