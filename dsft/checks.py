@@ -19,10 +19,10 @@ from .chat import end_of_turn
 from .data import parallel_rows
 from .files import ParamsError, from_hub, located
 from .inside import parallel_clozes
-from .study import Study, load_study
+from .study import Study, load_recipe, load_study
 from .tables import read_table
 from .trainable import check_adapters
-from .training import check_recipes, check_reporting, load_recipe, recipe_options
+from .training import check_recipes, check_reporting, recipe_options
 
 # %% ../nbs/27_checks.ipynb #bab2e1a5
 def _named_paths(value: Any, field: str) -> dict[str, str]:

@@ -26,10 +26,9 @@ from matplotlib.colors import to_hex, to_rgb
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import UnsupportedArchitecture, find_backbone, hidden_states, one_pass_obstacle
-from .chat import end_of_turn
 from .data import load_parallel, pad_inside, prompt_ids, text_ids
 from .files import ParamsError, check_intact, from_hub, load_model, project_root
-from .generation import greedy_ids
+from .generation import end_ids, greedy_ids
 from .languages import foreign, language_name, nearest
 from .phrasebook import LANGUAGES, Phrasebook
 from .prompts import TEMPLATES, Template, is_blank
@@ -132,7 +131,7 @@ def _answered(subject: Subject, ids: Sequence[int], max_new_tokens: int) -> list
     """The token ids of the greedy answer to a prompt, up to its end or the stop of the template."""
     tokenizer, stop = subject.tokenizer, subject.template.stop
     said = greedy_ids(subject.model, tokenizer, [list(ids)], stop, max_new_tokens)[0].tolist()
-    ends = {tokenizer.eos_token_id} if stop else {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    ends = end_ids(tokenizer, stop)
     ended = lambda n: said[n] in ends or stop and stop in tokenizer.decode(said[: n + 1])
     return said[: next((n for n in range(len(said)) if ended(n)), len(said))]
 

@@ -32,9 +32,8 @@ from .files import ParamsError, project_root, replacing, write_json
 from .languages import base_code, flores_code, language_name
 from .microcosm import MASK
 from .settings import Table, read_settings
-from .study import Study, load_study
+from .study import Study, load_recipe, load_study
 from .tables import open_table
-from .training import load_recipe
 
 # %% ../nbs/31_rehearsal.ipynb #4f4ccd94
 @cache

@@ -29,7 +29,7 @@ from .languages import sides
 from .methods import METHODS, Method
 from .metrics import BITS, EVERY_BENCHMARK, metric_of
 from .selection import Curves, by_entropy
-from .study import Run, Study
+from .study import Run, Study, load_recipe
 
 # %% ../nbs/24_results.ipynb #012432ac
 class RunResult(BaseModel):
@@ -276,8 +276,6 @@ RESOURCE_COLUMNS = ["resources", "cost", "trained"]
 
 def _needs_of(recipe: str) -> list[str]:
     """What a recipe has besides the parallel examples."""
-    from dsft.training import load_recipe  # with all that a training needs; tables are made where that is not installed
-
     return list(load_recipe(recipe).needs)
 
 

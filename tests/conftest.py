@@ -67,8 +67,8 @@ def train_on_alpaca(tmp_path_factory) -> Callable:
     The run is as a study leaves it: `run.trained` is the model's folder. Trained once a session.
     """
     from dsft.files import write_jsonl
-    from dsft.study import Study
-    from dsft.training import fine_tune, load_recipe, recipe_options, save_training
+    from dsft.study import Study, load_recipe
+    from dsft.training import fine_tune, recipe_options, save_training
 
     folder = tmp_path_factory.mktemp("alpaca")
 

@@ -12,9 +12,9 @@ from dsft.data_selection import chosen, needs_model, pool, scores
 from dsft.files import write_json, write_jsonl
 from dsft.generation import load_generator
 from dsft.methods import METHODS
-from dsft.study import Run, Study, load_study
+from dsft.study import Run, Study, load_recipe, load_study
 from dsft.tasks import evaluate
-from dsft.training import fine_tune, load_recipe, recipe_options, save_training
+from dsft.training import fine_tune, recipe_options, save_training
 from dsft.weights import combined, save_combined
 
 ROOT = Path(__file__).parents[1]

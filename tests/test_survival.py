@@ -693,6 +693,8 @@ def test_every_result_cache_and_figure_is_written_whole_or_not_at_all():
         "dsft/generation.py: file.open('a', encoding='utf-8')",  # line by line, each with its checksum
         "dsft/kernels.py: open(self.orders, 'w')",  # a pipe
         "dsft/gguf_models.py: target.open('wb')",  # a name of `replacing`
+        "dsft/weights.py: AutoTokenizer.from_pretrained(run.base).save_pretrained(folder)",  # a folder of `replacing`, as the next
+        "dsft/weights.py: model.save_pretrained(folder)",
         "dsft/kernels.py: json.dump({'arguments': arguments, 'env': env or dict(os.environ), 'cwd': cwd}, orders)",
     }
 
