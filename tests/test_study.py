@@ -69,11 +69,12 @@ def test_study_writes_every_run_and_table(finished):
 
 def test_a_second_time_nothing_is_done(finished):
     study, folder = finished
-    metrics = sorted(folder.glob("runs/**/metrics.json"))
-    before = [p.stat().st_mtime_ns for p in metrics]
+    written = sorted(path for part in ("runs/**/metrics.json", "figures/**/*.csv") for path in folder.glob(part))
+    before = [p.stat().st_mtime_ns for p in written]
     result = make(study)
-    assert result.returncode == 0 and "Nothing to be done" in result.stdout, result.stdout[-3000:]
-    assert [p.stat().st_mtime_ns for p in metrics] == before
+    assert result.returncode == 0 and "study quiet: 4 of 4 runs finished" in result.stdout, result.stdout[-3000:]
+    assert not re.search(r"\d+ of \d+ steps", result.stdout), result.stdout[-3000:]
+    assert [p.stat().st_mtime_ns for p in written] == before
 
 
 @pytest.mark.parametrize(
