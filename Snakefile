@@ -65,11 +65,13 @@ ANALYSES = {
     "inside": ["inside.csv", *of_both("query_gap"), *picture("inside")],
     "layers": [*of_both("layers", "layers_against_rule"), *picture("layers")],
     "readings": of_both("readings"),
+    "instructed": of_both("instructed"),
     "cost": ["costs.csv", *of_both("cost"), *picture("cost")],
     "data_size": [*of_both("data_size", "data_size_against_tft"), *picture("data_size")],
     "code_switch_sweep": [*of_both("code_switch_sweep"), *picture("code_switch_sweep")],
     "which_method": [*of_both("which_method"), *of_both("which_base"), *picture("which_method")],
     "learning_rates": of_both("learning_rates"),
+    "weights": [*of_both("weights"), *picture("weights")],
     "claims": [*of_both("claims"), *picture("claims")],
     "replication": of_both("replication"),
 }
@@ -94,6 +96,8 @@ POSSIBLE = {
     "code_switch_sweep": study.swept_knob is not None,
     "which_method": sum(m.role == "comparator" for m in methods) > 3,  # more than the paper compares with
     "learning_rates": bool(study.learning_rates),
+    "weights": bool(study.learning_rates) and len({s.weight for m in methods if m.role == "ours" for s in m.supervisions}) > 1,
+    "instructed": study.evaluation.source == "microcosm",
 }
 ANALYSES = {name: written for name, written in ANALYSES.items() if POSSIBLE.get(name, True)}
 

@@ -10,6 +10,7 @@ import pytest
 from execnb.nbio import read_nb
 from execnb.shell import CaptureShell
 
+from dsft.microcosm import INSTRUCTED
 from dsft.results import load_item_scores, load_results, write_csv, write_items
 from dsft.study import load_study
 
@@ -537,3 +538,71 @@ def test_every_analysis_of_an_odd_study_writes_what_it_is_to_write(project, case
         shown = analyse(project, analysis, name)
         assert not re.search(r"\bnan\b", shown), shown
         assert [file for file in written if not (project / "figures" / name / file).is_file()] == [], analysis
+
+
+TUNED = """
+models: {m: {path: nowhere/m}}
+languages: [zh]
+methods:
+  - base
+  - tft
+  - {name: tft_twice, title: TFT-2x, role: control, stages: [{epochs: 2}]}
+  - dsft_logits
+  - {name: dsft_logits_01, title: DSFT-logits-0.1, stages: [{supervisions: [{stage: lc, kind: logits, layer: i, weight: 0.1}, {stage: et, kind: logits, layer: j, weight: 0.1}]}]}
+  - dsft_feature
+  - {name: dsft_feature_01, title: DSFT-feature-0.1, stages: [{supervisions: [{stage: lc, kind: feature, layer: i, weight: 0.1}, {stage: et, kind: feature, layer: j, weight: 0.1}]}]}
+seeds: [0, 1, 2]
+learning_rates: {tft_twice: 3}
+"""
+
+
+def with_weights(project: Path, name: str, trials: dict[str, tuple]) -> Path:
+    """The study `name`: TFT twice at the level of TFT, DSFT at λ = 0.1 at that of LC-logits and ET-feature, with a table of trials."""
+    (project / "params" / f"{name}.yaml").write_text(TUNED)
+    sources = {"base": "base", "tft": "tft", "tft_twice": "tft", "dsft_logits": "dsft_logits", "dsft_logits_01": "lc_logits", "dsft_feature": "tft_n150", "dsft_feature_01": "tft"}
+    for method, source in sources.items():
+        copy_runs(project / "runs/wide/m/zh" / source, project / f"runs/{name}/m/zh" / method, {'"wide"': f'"{name}"', f'"{source}"': f'"{method}"'})
+    if trials:
+        folder = project / "figures" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(trials, index=["0.333", "1", "3"]).T.assign(chosen=1).rename_axis("method").to_csv(folder / "learning_rates.csv")
+    return project
+
+
+TRIALS = {"tft": (30, 40, 45), "tft_twice": (30, 46, 20), "dsft_logits": (50, 40, 30), "dsft_logits_01": (44, 48, 51), "dsft_feature": (10, 20, 15), "dsft_feature_01": (25, 20, 5)}
+
+
+def test_weights_chosen_in_trials_against_tft_chosen_in_trials(project):
+    shown = analyse(with_weights(project, "tuned", TRIALS), "weights", "tuned")
+    assert "- TFT: 6 trials, the best of them TFT-2x with 46.0 at 1 times" in shown and "DSFT-logits: 6 trials, the best of them DSFT-logits-0.1 with 51.0 at 3 times" in shown
+    # LC-logits: (30 - 40, 30 - 40, 66 - 60) / 3
+    assert "- DSFT-logits-0.1 (λ = 0.1), the best of DSFT-logits's trials, against TFT-2x, the best of TFT's: -4.7 [" in shown and "points, worse (m, zh, 3 seeds)." in shown
+    assert "- DSFT-feature-0.1 (λ = 0.1), the best of DSFT-feature's trials, against TFT-2x, the best of TFT's: +0.0 [0.0, 0.0] points, no difference of interest" in shown
+    table = pd.read_csv(project / "figures/tuned/weights.csv").set_index("method")
+    assert set(table["baseline"]) == {"tft_twice"} and table["gain"].to_dict() == pytest.approx({"tft": 0, "dsft_logits": 50 / 3, "dsft_logits_01": -14 / 3, "dsft_feature": -20, "dsft_feature_01": 0}, abs=0.02)
+
+
+@pytest.mark.parametrize("trials", [{}, {name: row for name, row in TRIALS.items() if name != "dsft_feature"}], ids=["none", "one missing"])
+def test_weights_without_all_trials(project, trials):
+    shown = analyse(with_weights(project, f"untuned{len(trials)}", trials), "weights", f"untuned{len(trials)}")
+    assert ("has no trials yet" in shown) == (not trials)
+    assert "the best of DSFT-feature's" not in shown
+
+
+def test_instructed_and_other_items_stand_apart(project):
+    """TFT scores on what the instructions ask about only; DSFT on both."""
+    (project / "params" / "parted.yaml").write_text(STUDY.split("sweeps")[0].replace("base, sft, tft, dsft_logits, dsft_feature", "tft, dsft_logits"))
+    about = [*sorted(INSTRUCTED)[:5], *(f"other{n}" for n in range(5))]
+    for method in ("tft", "dsft_logits"):
+        copy_runs(project / "runs/wide/m/zh" / method, project / "runs/parted/m/zh" / method, {'"wide"': '"parted"'})
+        for file in (project / "runs/parted/m/zh" / method).glob("*/samples.jsonl"):
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            for row in rows:
+                row["cluster"] = about[int(row["id"][1:]) % 10]
+                row["value"] = 0.9 if row["cluster"] in INSTRUCTED else {"tft": 0.2, "dsft_logits": 0.6}[method]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = analyse(project, "instructed", "parted")
+    assert "DSFT-logits against TFT: +0.0 [0.0, 0.0] on what the instructions ask about, +40.0 [40.0, 40.0] on the rest." in shown
+    table = pd.read_csv(project / "figures/parted/instructed.csv").query("method == 'tft' and dataset == 'xnli'").iloc[0]
+    assert (table["instructed"], table["other"], table["instructed_items"], table["other_items"]) == (pytest.approx(90), pytest.approx(20), 25, 25)
+    assert "has no items with a mark" in analyse(project, "instructed")

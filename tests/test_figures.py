@@ -70,7 +70,7 @@ def test_a_method_without_a_style_has_the_same_in_every_study():
     plt.close("all")
 
 
-DRAWS_METHODS = ["code_switch_sweep", "cost", "data_size", "figure3", "figure4", "inside", "retention"]
+DRAWS_METHODS = ["code_switch_sweep", "cost", "data_size", "figure3", "figure4", "inside", "retention", "weights"]
 
 
 def code_of(path: Path) -> str:
