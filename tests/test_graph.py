@@ -74,7 +74,7 @@ def project(tmp_path_factory) -> Path:
 
     cells = [nbformat.v4.new_markdown_cell("# toy\n\n> A recipe that says the English answer several times"), *map(nbformat.v4.new_code_cell, TOY)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), project / "nbs" / "recipes" / "toy.ipynb")
-    table = project / "nbs" / "20_training.ipynb"
+    table = project / "nbs" / "10_study.ipynb"
     line = '    \\"sdrrl\\": \\"dsft.recipes.sdrrl\\",\\n'
     assert table.read_text(encoding="utf-8").count(line) == 1
     table.write_text(table.read_text(encoding="utf-8").replace(line, line + '",\n    "' + line.replace("sdrrl", "toy")), encoding="utf-8")
@@ -194,6 +194,14 @@ def test_a_base_whose_vocabulary_is_cut_is_made_from_the_texts_of_the_study(proj
     finally:
         weights.write_text(content, encoding="utf-8")
         os.utime(weights, times)
+
+
+def test_a_cut_base_is_made_by_hand_as_by_the_graph(project):
+    """What a notebook or `make unpack` finds missing, it makes; its lock is not the one that the notebook of the cut takes."""
+    (project / "params" / "byhand.yaml").write_text((project / "params" / "cut.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    run(project, "python", "-c", "from dsft.study import load_study; load_study('byhand').run('micro-llama', 'zh', 'tft', 0).require_base()")
+    made = [(project / "runs" / name / "micro-llama" / "cut" / "model.safetensors").read_bytes() for name in ("cut", "byhand")]
+    assert made[0] == made[1]
 
 
 def test_a_failed_training_is_told_last_and_keeps_nothing_else_from_being_made(project):
