@@ -72,6 +72,7 @@ ANALYSES = {
     "which_method": [*of_both("which_method"), *of_both("which_base"), *picture("which_method")],
     "learning_rates": of_both("learning_rates"),
     "weights": [*of_both("weights"), *picture("weights")],
+    "endpoint": of_both("endpoint"),
     "claims": [*of_both("claims"), *picture("claims")],
     "replication": of_both("replication"),
 }
@@ -98,6 +99,7 @@ POSSIBLE = {
     "learning_rates": bool(study.learning_rates),
     "weights": bool(study.learning_rates) and len({s.weight for m in methods if m.role == "ours" for s in m.supervisions}) > 1,
     "instructed": study.evaluation.source == "microcosm",
+    "endpoint": study.evaluation.source != "microcosm" and {"tft", "tft_compute", "dsft_logits"} <= study.every_method.keys() and {"xquad", "mlqa"} <= set(study.evaluation.benchmarks),
 }
 ANALYSES = {name: written for name, written in ANALYSES.items() if POSSIBLE.get(name, True)}
 

@@ -606,3 +606,40 @@ def test_instructed_and_other_items_stand_apart(project):
     table = pd.read_csv(project / "figures/parted/instructed.csv").query("method == 'tft' and dataset == 'xnli'").iloc[0]
     assert (table["instructed"], table["other"], table["instructed_items"], table["other_items"]) == (pytest.approx(90), pytest.approx(20), 25, 25)
     assert "has no items with a mark" in analyse(project, "instructed")
+
+
+def with_bits(project: Path, name: str, bits: dict[str, float], seeds: int = 3) -> Path:
+    """The study `name`: three methods on XQuAD and MLQA in Chinese and in English, each at so many bits a byte in Chinese."""
+    study = STUDY.split("sweeps")[0].replace("[base, sft, tft, dsft_logits, dsft_feature]", "[tft, {name: tft_compute, role: control, stages: [{epochs: 1.5}]}, dsft_logits]")
+    (project / "params" / f"{name}.yaml").write_text(study)
+    for method, level in bits.items():
+        for seed in range(seeds):
+            folder = project / "runs" / name / "m" / "zh" / method / f"seed{seed}"
+            folder.mkdir(parents=True)
+            cells = [(dataset, lang) for dataset in ("xquad", "mlqa") for lang in ("zh", "en")]
+            scores = [{"dataset": dataset, "lang": lang, "metric": "f1", "value": 10, "items": ITEMS} for dataset, lang in cells]
+            noise = lambda n: 0.004 * ((n + seed) % 5 - 2)
+            samples = [{"dataset": dataset, "lang": lang, "id": f"q{n}", "cluster": f"p{n // 5}", "value": 0.1, "bits_per_byte": level + noise(n) if lang == "zh" else 9.0} for dataset, lang in cells for n in range(ITEMS)]
+            (folder / "metrics.json").write_text(json.dumps({"study": name, "model": "m", "lang": "zh", "method": method, "seed": seed, "scores": scores}))
+            (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return project
+
+
+@pytest.mark.parametrize(
+    ("level", "told"),
+    [(1.10, "supported here and of interest"), (1.19, "supported here"), (1.2, "no difference of interest"), (1.3, "DSFT-logits is worse here")],
+)
+def test_the_primary_endpoint_is_told_in_the_words_of_the_protocol(project, level, told):
+    """TFT for the same compute is the better baseline, by 0.1."""
+    name = f"primary{100 * level:.0f}"
+    shown = analyse(with_bits(project, name, {"tft": 1.3, "tft_compute": 1.2, "dsft_logits": level}), "endpoint", name)
+    assert f"**Primary endpoint: {told}.** Right answers of XQuAD and MLQA in Chinese take {level:.3f} bits a byte after DSFT-logits, 1.300 after TFT and 1.200 after TFT-compute; against TFT-compute {level - 1.2:+.3f} [" in shown
+    assert f"{3} seeds, {2 * ITEMS} items in 20 clusters" in shown
+    table = pd.read_csv(project / "figures" / name / "endpoint.csv")
+    assert table["difference"].tolist() == [pytest.approx(level - 1.2, abs=1e-6)] and table["baseline"].tolist() == ["tft_compute"]
+
+
+def test_the_primary_endpoint_waits_for_all_seeds_and_methods(project):
+    shown = analyse(with_bits(project, "waiting", {"tft": 1.3, "tft_compute": 1.2, "dsft_logits": 1.0}, seeds=2), "endpoint", "waiting")
+    assert "has all seeds of DSFT-logits, TFT, TFT-compute yet: the endpoint waits for them." in shown
+    assert "Primary endpoint:" not in analyse(with_bits(project, "lacking", {"tft": 1.3, "dsft_logits": 1.0}), "endpoint", "lacking")
