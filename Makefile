@@ -13,6 +13,10 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 # glibc gives large buffers back when they are freed, and the kernel clears every page again at the next step: a quarter of a step's time at a vocabulary of 256k (nbs/benchmarks/vocabulary.ipynb).
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
+# oneDNN keeps a compiled kernel with its buffers for each shape that it has seen, a thousand of them, and batches of text have ever other shapes: in bfloat16 a training of gemma-3-270m
+# grew from 6 to 14 GB in 59 steps and was killed beside a second one. With sixteen it is no slower.
+export ONEDNN_PRIMITIVE_CACHE_CAPACITY := 16
+export LRU_CACHE_CAPACITY := 16
 # A name or path as one word of the shell, whatever is in it; and as YAML, which is what Snakemake reads a value of --config as.
 quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
