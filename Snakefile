@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from dsft.files import ParamsError, contents, digest, located, made_by, writing
+from dsft.files import ParamsError, by_content, contents, digest, located, made_by, writing
 from dsft.kernels import start_server
 from dsft.methods import Ask
 from dsft.metrics import INSTRUCTIONS
@@ -177,6 +177,11 @@ def found_source(model):
 cached_digest = cache(digest)
 
 
+def found(paths):
+    """Files that the study finds, by their content, wherever they lie."""
+    return by_content({"files": contents(paths)})
+
+
 def base_files(model):
     """The files of a base model that the graph makes."""
     return [os.path.relpath(Path(study.base(model)) / name) for name in BASE[:4]] if study.models[model].made_by else []
@@ -206,12 +211,12 @@ def texts_of_the_study():
     """What decides about the texts that the study's models read and are to say."""
     data, evaluation = {"source", "files", "join", "template"}, {"source", "data_dir", "splits", "benchmarks", "prompt"}
     parts = study.model_dump(mode="json", include={"languages": True, "data": data, "evaluation": evaluation})
-    return parts, contents(path for lang in study.languages for path in [*study.layer_files(lang), *benchmark_files(lang)])
+    return parts, found(path for lang in study.languages for path in [*study.layer_files(lang), *benchmark_files(lang)])
 
 
 BASE_STEPS = {  # notebook that makes a base model -> what it depends on besides the step before it
     "pretrain": lambda name: study.models[name].pretrain.model_dump(mode="json"),
-    "dequantise": lambda name: contents([located(study.models[name].gguf)]),
+    "dequantise": lambda name: found([located(study.models[name].gguf)]),
     "cut_vocabulary": lambda name: [study.models[name].vocabulary.model_dump(mode="json"), found_source(name), *texts_of_the_study()],
 }
 
@@ -303,7 +308,7 @@ rule select_layers:
         **needs((4_000, 60, 0), (64_000, 240, 0)),
     params:
         spec=study.model_dump(mode="json", include={"layers": True, "data": True, "evaluation": {"source", "facts"}}),
-        files=lambda w: contents(study.layer_files(w.lang)),
+        files=lambda w: found(study.layer_files(w.lang)),
         base=lambda w: found_base(w.model),
         code=code("nbs/experiments/select_layers.ipynb"),
     shell:
@@ -323,7 +328,7 @@ rule recipe_rows:
     resources:
         **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
-        spec=lambda w: {part: trainings[tuple(w)].inputs[part] for part in ("data", "recipes", "files")},
+        spec=lambda w: by_content({part: trainings[tuple(w)].inputs[part] for part in ("data", "recipes", "files")}),
         base=lambda w: found_base(w.model),
         code=lambda w: code("nbs/experiments/recipe_rows.ipynb", trainings[tuple(w)].method.recipes),
     shell:
@@ -343,7 +348,7 @@ rule select_rows:
     params:
         spec=lambda w: [selections[tuple(w)].inputs[part] for part in ("data", "training")] + [study.model_dump(mode="json", include={"evaluation"})],
         lang=lambda w: selections[tuple(w)].lang,
-        files=lambda w: [selections[tuple(w)].pool_files, contents(benchmark_files(selections[tuple(w)].lang))],
+        files=lambda w: [by_content({"files": selections[tuple(w)].pool_files}), found(benchmark_files(selections[tuple(w)].lang))],
         base=lambda w: found_base(w.model),
         code=code("nbs/experiments/select_rows.ipynb"),
     shell:
@@ -367,7 +372,7 @@ if added_up:
         resources:
             **needs((4_000, 60, 0), (256_000, 240, 0)),
         params:
-            spec=lambda w: trainings[tuple(w)].inputs,
+            spec=lambda w: by_content(trainings[tuple(w)].inputs),
             lang=lambda w: trainings[tuple(w)].lang,
             base=lambda w: [found_base(model) for model in (w.model, *(needed.model for needed in trainings[tuple(w)].needs.values()))],
             code=code("nbs/experiments/combine.ipynb"),
@@ -394,7 +399,7 @@ rule train:
     resources:
         **needs((4_000, 240, 0), (256_000, 2880, PROCESSES)),
     params:
-        spec=lambda w: trainings[tuple(w)].inputs,
+        spec=lambda w: by_content(trainings[tuple(w)].inputs),
         lang=lambda w: trainings[tuple(w)].lang,
         base=lambda w: found_base(w.model),
         code=lambda w: code("nbs/experiments/train.ipynb", trainings[tuple(w)].method.recipes),
@@ -423,7 +428,7 @@ rule evaluate:
         **needs((4_000, 120, 0), (64_000, 1440, 1)),
     params:
         spec=asked,
-        files=lambda w: contents([*benchmark_files(w.lang), *study.evaluation.facts_files(w.lang)]),
+        files=lambda w: found([*benchmark_files(w.lang), *study.evaluation.facts_files(w.lang)]),
         base=lambda w: "" if runs[tuple(w)].method.made else found_base(w.model),
         code=code("nbs/experiments/evaluate.ipynb"),
     shell:

@@ -7,7 +7,7 @@ __all__ = ['PATIENCE', 'SUMS', 'PACKAGE', 'PACKAGES', 'ParamsError', 'project_ro
            'clear_temporary', 'write_json', 'write_jsonl', 'lines_of', 'read_lines', 'read_rows', 'exclusive', 'hold',
            'digest', 'contents', 'seal', 'damage', 'check_intact', 'json_digest', 'python_code', 'import_closure',
            'strings', 'package_data', 'code_digest', 'made_by', 'read_yaml', 'git', 'versions', 'provenance',
-           'check_made_from', 'unwritable_cache', 'from_hub', 'first_wrong_weight', 'load_model']
+           'by_content', 'check_made_from', 'unwritable_cache', 'from_hub', 'first_wrong_weight', 'load_model']
 
 # %% ../nbs/00_files.ipynb #16b2a432
 import ast
@@ -448,8 +448,14 @@ def provenance(command: str, started: float, **more: Any) -> dict[str, Any]:
     }
 
 # %% ../nbs/00_files.ipynb #0c7602ee
+def by_content(inputs: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` with the digests of its `files` (see `contents`) in the order of their paths in place of paths and digests: the same wherever the files lie."""
+    return inputs | {"files": [sha for _, sha in sorted(inputs["files"].items())]} if "files" in inputs else inputs
+
+
 def check_made_from(result: str | Path, record: dict[str, Any], **now: Any) -> None:
-    """Refuse `result` when its provenance tells of other inputs than `now`; what it does not tell of is not compared. Raises `ParamsError`, one line."""
+    """Refuse `result` when its provenance tells of other inputs than `now`, files by their content; what it does not tell of is not compared. Raises `ParamsError`, one line."""
+    record, now = by_content(record), by_content(now)
     if changed := [name for name, value in now.items() if record.get(name, value) != value]:
         raise ParamsError(f"{result}: made from other inputs than are there now ({', '.join(changed)}); delete it and have it made again")
 

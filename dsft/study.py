@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PrivateAttr, ValidationError, model_validator
 
-from .files import PACKAGE, ParamsError, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by
+from .files import PACKAGE, ParamsError, by_content, check_intact, check_made_from, contents, digest, exclusive, hold, json_digest, located, made_by
 from .files import project_root, replacing, versions
 from .languages import base_code, nearest
 from .methods import Ask, KeptLayers, Method, Part, Sparse, Stage, TrainedLayers, TrainedTokens, method_from_name
@@ -484,7 +484,7 @@ def checkpoints(self: Run) -> Path:
     """Where the training keeps what it needs to go on after an interruption: another folder as soon as an input, the code or a library changes."""
     layers = self.layers_file.read_text(encoding="utf-8") if self.method.supervisions else ""
     code = project_root() / PACKAGE / "training.py"
-    made_from = [json.dumps(self.inputs, sort_keys=True), layers, digest(self.recipe_rows), digest(self.selected_rows), digest(self.start_model), *self.needs_sha256.values()]
+    made_from = [json.dumps(by_content(self.inputs), sort_keys=True), layers, digest(self.recipe_rows), digest(self.selected_rows), digest(self.start_model), *self.needs_sha256.values()]
     key = json_digest([*made_from, made_by(code) if code.is_file() else version(PACKAGE), versions()])
     return self.training_folder / f"checkpoints-{key[:8]}"
 

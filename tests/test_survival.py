@@ -349,6 +349,27 @@ def test_the_record_of_a_model_tells_of_the_data_that_it_was_trained_on(on_files
     assert json.loads((Path(run.trained) / "provenance.json").read_text())["inputs"]["files"] == before != run.data_files
 
 
+def test_data_in_another_folder_are_the_same_data(on_files, tmp_path, monkeypatch):
+    """A study that names its folder of data by ${NAME}, on another machine: nothing is refused, a training goes on from its checkpoints."""
+    here, there = tmp_path / "here", tmp_path / "much" / "deeper" / "there"
+    shutil.copytree(tmp_path, here, ignore=shutil.ignore_patterns("base", "runs", "here")), shutil.copytree(here, there)
+    monkeypatch.setenv("DSFT_ELSEWHERE", str(here))
+    named = {lang: table.model_copy(update={"path": f"${{DSFT_ELSEWHERE}}/{lang}.json"}) for lang, table in on_files.data.files.items()}
+    run = prepared(on_files.model_copy(update={"data": on_files.data.model_copy(update={"files": named})}))
+    write_json(run.layers_file.with_name("layers_provenance.json"), {"files": contents(run.study.layer_files("zh"))})
+    save_training(run, fine_tune(run), 0.0, "pytest")
+    files, checkpoints = run.data_files, run.checkpoints
+    monkeypatch.setenv("DSFT_ELSEWHERE", str(there))
+    assert run.data_files != files and run.checkpoints == checkpoints
+    run.check_inputs(), run.check_trained()
+    (there / "zh.json").write_text((there / "zh.json").read_text().replace("那是", "这是"))
+    with pytest.raises(ParamsError, match=r"layers.json: made from other inputs than are there now \(files\); delete it"):
+        run.check_inputs()
+    with pytest.raises(ParamsError, match=r"model: made from other inputs than are there now \(files\); delete it"):
+        run.check_trained()
+    assert run.checkpoints != checkpoints
+
+
 def test_an_edit_that_keeps_size_and_time_of_a_file_is_seen(on_files):
     file = Path(on_files.data.files["zh"].path)
     before, times = parallel_pairs(on_files.data, "zh")[0], file.stat()
