@@ -500,6 +500,7 @@ def test_a_study_without_these_runs_says_so(project):
     for name in ("figure3", "layers", "data_size", "readings", "table3", "table4"):
         assert "Study narrow has no runs" in (figures / f"{name}.md").read_text()
     assert "There are no such runs." in (figures / "figure3_against_tft.md").read_text()
+    assert "No claim was tested in study narrow." in (figures / "claims.svg").read_text()  # no empty axes
     assert {path.name for path in figures.iterdir()} == {written for name in NEEDING_SWEEPS for written in declared()[name]}
 
 
