@@ -577,7 +577,7 @@ def test_weights_chosen_in_trials_against_tft_chosen_in_trials(project):
     shown = analyse(with_weights(project, "tuned", TRIALS), "weights", "tuned")
     assert "- TFT: 6 trials, the best of them TFT-2x with 46.0 at 1 times" in shown and "DSFT-logits: 6 trials, the best of them DSFT-logits-0.1 with 51.0 at 3 times" in shown
     # LC-logits: (30 - 40, 30 - 40, 66 - 60) / 3
-    assert "- DSFT-logits-0.1 (λ = 0.1), the best of DSFT-logits's trials, against TFT-2x, the best of TFT's: -4.7 [" in shown and "points, worse (m, zh, 3 seeds)." in shown
+    assert "- DSFT-logits-0.1 (λ = 0.1), the best of DSFT-logits's trials, against TFT-2x, the best of TFT's: -4.7 [" in shown and "points, worse (m, Chinese, 3 seeds)." in shown
     assert "- DSFT-feature-0.1 (λ = 0.1), the best of DSFT-feature's trials, against TFT-2x, the best of TFT's: +0.0 [0.0, 0.0] points, no difference of interest" in shown
     table = pd.read_csv(project / "figures/tuned/weights.csv").set_index("method")
     assert set(table["baseline"]) == {"tft_twice"} and table["gain"].to_dict() == pytest.approx({"tft": 0, "dsft_logits": 50 / 3, "dsft_logits_01": -14 / 3, "dsft_feature": -20, "dsft_feature_01": 0}, abs=0.02)
