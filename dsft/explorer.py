@@ -372,7 +372,7 @@ class Panel(widgets.VBox):
         self.lang.observe(self._choose_lang, "value")
         for chosen in (self.method, self.other, self.question):
             chosen.observe(self._show, "value")
-        super().__init__([widgets.HBox([self.model, self.lang, self.method, self.other]), self.question, self.page])
+        super().__init__([widgets.HBox([self.model, self.lang, self.method, self.other], layout=widgets.Layout(flex_flow="row wrap")), self.question, self.page])
         self._choose_model()
 
     def _here(self, lang: str | None = None) -> list[Run]:
