@@ -1,5 +1,6 @@
 """README.md: short, without gaps, in its order, rendered from nbs/index.ipynb, with links and pictures that exist; and the list of notebooks is whole."""
 
+import csv
 import json
 import re
 from urllib.parse import unquote
@@ -33,6 +34,22 @@ def test_it_is_in_order():
     page = (real if (real / "replication.md").exists() else ROOT / "figures" / "micro-full") / "replication.md"
     assert page.read_text(encoding="utf-8").strip() in README
     assert README.index("make study") < README.index("What came out") < README.index("params/mine.yaml") < README.index("DSFTTrainer(")
+
+
+@pytest.mark.parametrize("column, study", [(2, "micro-methods"), (3, "gemma3-270m")])
+def test_the_systems_have_their_gains(column, study):
+    """A mark where the table says so only, and brackets around what has no interval."""
+    shown = {cells[0]: [*cells, "", ""][column] for line in README.split("## Which method when")[1].split("## ")[0].splitlines() if len(cells := line.split("|")) > 1}
+    with open(ROOT / "figures" / study / "which_method.csv", newline="", encoding="utf-8") as file:
+        rows = {row["system"]: row for row in csv.DictReader(file)}
+    assert sum(bool(re.search(r"\d", cell)) for cell in shown.values()) >= 8
+    for system, cell in shown.items():
+        row = rows.get(system)
+        if not row:
+            assert cell in ("", "-", "microcosm", "gemma")
+        else:
+            assert float(re.sub("[()▲▼]", "", cell)) == pytest.approx(float(row["gain"]), abs=0.0501)
+            assert cell.startswith("(") == (row["p"] == "") and cell.endswith(("▲", "▼")) == (row["p_holm"] != "" and float(row["p_holm"]) < 0.05)
 
 
 @pytest.mark.parametrize("link", sorted({link for link in LINKS if not re.match(r"\w+:|#", link)}))
