@@ -451,13 +451,24 @@ def test_layers_are_read_off_the_supervisions(written_out):
 
 def test_a_reading_is_a_variation_of_its_stem(written_out):
     shown = analyse(written_out, "readings", "written")
-    assert "thinking positionally: -20.7 points" in shown  # (30 - 54 + 30 - 54 + 50 - 64) / 3
+    assert "thinking positionally: against the default, on Tables 1 and 2, -20.7 points" in shown  # (30 - 54 + 30 - 54 + 50 - 64) / 3
 
 
 def test_amounts_of_data_are_those_of_the_study(written_out):
     analyse(written_out, "data_size", "written")
     table = pd.read_csv(written_out / "figures/written/data_size.csv")
     assert table.groupby(["method", "items"])["value"].mean().round(1).to_dict() == {("tft", 150): 26.7, ("tft", 300): 26.7, ("tft", 600): 36.7}
+
+
+def test_a_reading_that_only_keeps_more_english_is_recommended(project):
+    (project / "params" / "english.yaml").write_text(STUDY)
+    copy_runs(project / "runs/wide/m/zh", project / "runs/english/m/zh", {'"wide"': '"english"'})
+    for seed in range(3):
+        default, positional = (project / f"runs/english/m/zh/{method}/seed{seed}/samples.jsonl" for method in ("dsft_logits", "dsft_logits_positional"))
+        rows = [json.loads(line) for line in default.read_text().splitlines()]
+        positional.write_text("".join(json.dumps(row | {"value": row["value"] + 0.1 * (row["lang"] == "en")}) + "\n" for row in rows))
+    shown = analyse(project, "readings", "english")
+    assert "+0.0 points [0.0, 0.0] in Chinese, +10.0 points [10.0, 10.0] in English; of 5 benchmarks in Chinese significantly better in 0 and worse in 0: take it" in shown
 
 
 def test_claims_take_the_controls_of_the_study(written_out):
