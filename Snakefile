@@ -260,6 +260,7 @@ RESULTS = [f"{folder}/{model}/{lang}/{method}/seed{seed}/{name}" for model, lang
 
 localrules:
     all,
+    bases,
     results,
 
 
@@ -267,6 +268,11 @@ rule all:
     input:
         RESULTS,
         [f"{figures}/{name}" for names in ANALYSES.values() for name in names],
+
+
+rule bases:
+    input:
+        [file for model in study.models for file in base_files(model)],
 
 
 for number, name in enumerate(study.models, 1):

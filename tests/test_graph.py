@@ -164,6 +164,24 @@ def test_a_study_goes_on_where_its_packed_runs_stop(project):
     assert set(re.findall(r"output: runs/moved/micro-llama/zh/(\w+)/", plan)) == {"tft"}
 
 
+def test_the_bases_that_a_study_pretrains_are_made_by_themselves_and_before_runs_are_put_back(project):
+    study = yaml.safe_load((project / "params" / "toy.yaml").read_text(encoding="utf-8"))
+    small = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 600, "tokens": 4_000, "row_length": 64, "batch_size": 4}
+    study = study | {"models": {f"small-{seed}": {"pretrain": {**small, "seed": seed}} for seed in (0, 1)}, "methods": ["base"], "recipes": {}, "layers": {"i": 1, "j": 2}}
+    (project / "params" / "grown.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    weights = lambda: {file.parts[-3]: file.read_bytes() for file in sorted((project / "runs" / "grown").rglob("model.safetensors"))}
+
+    run(project, "make", "bases", "STUDY=grown", "CORES=2")
+    made = weights()
+    assert list(made) == ["small-0", "small-1"] and made["small-0"] != made["small-1"]
+    assert not [*(project / "runs" / "grown").rglob("metrics.json")]
+    shutil.rmtree(project / "runs" / "grown")
+    assert "0 runs of study grown put back" in run(project, "make", "unpack", "STUDY=grown", "CORES=2")
+    assert weights() == made
+    plan = run(project, "snakemake", "--profile", "params/profiles/local", "--config", "study=grown", "--cores", "2", "--dry-run", "--", "runs/grown/small-0/zh/base/seed0/metrics.json")
+    assert "pretrain" not in re.findall(r"^rule (\w+?)(?:_\d)?:", plan, re.M)
+
+
 def test_a_base_whose_vocabulary_is_cut_is_made_from_the_texts_of_the_study(project):
     study = yaml.safe_load((project / "params" / "toy.yaml").read_text(encoding="utf-8"))
     study = study | {"models": {"micro-llama": {"path": "models/micro-llama", "vocabulary": {"min_count": 1}}}, "methods": ["tft"]}
