@@ -171,7 +171,7 @@ def _pairs(own: pd.DataFrame, other: pd.DataFrame) -> np.ndarray:
 
 # %% ../nbs/25_statistics.ipynb #2441d703
 def compare(items: pd.DataFrame, baselines: Sequence[str] | None = None) -> pd.DataFrame:
-    """Every fine-tuned method against a baseline, paired by seed and item; of several baselines the one with the best mean in the cell.
+    """Every fine-tuned method against a baseline, paired by seed and item; of the baselines with the most of its seeds the one with the best mean in the cell.
 
     `items` as from `load_item_scores`; `baselines` by default its `controls`. The columns of `CELL`, then baseline, difference (mean, in points or bits), low and high
     (95 % interval), p, p_holm (corrected over the rows), all NaN below three seeds, seeds, items and what else an `Estimate` has. Empty where the study has no runs of a baseline. Raises
@@ -184,9 +184,9 @@ def compare(items: pd.DataFrame, baselines: Sequence[str] | None = None) -> pd.D
         answers = {method: own.pivot(index="seed", columns="id", values="value") for method, own in scores.groupby("method", observed=True)}
         if not (known := [name for name in baselines if name in answers]):
             continue
-        better = direction(cell[-1])
-        baseline = max(known, key=lambda name: better * answers[name].to_numpy().mean())
+        score = {name: direction(cell[-1]) * answers[name].to_numpy().mean() for name in known}
         for method in answers.keys() - set(baselines):
+            baseline = max(known, key=lambda name: (len(answers[method].index.intersection(answers[name].index)), score[name]))
             try:
                 pairs = _pairs(answers[method], answers[baseline])
             except ValueError as error:

@@ -390,6 +390,22 @@ def test_floors_are_left_out(project):
     assert table.loc["C1a TFT", "effect"] == pytest.approx(15, abs=0.02) and table.loc["C1b", "verdict"] == "not tested"
 
 
+@pytest.mark.parametrize("seeds, effect, baseline", [((0,), EFFECTS["C1a TFT"], "tft"), ((0, 1, 2), (-5 - 5 + 0) / 3, "tft_en")])
+def test_a_baseline_with_fewer_seeds_takes_none_from_the_effect(project, seeds, effect, baseline):
+    """TFT-en answers as DSFT-logits does: with three seeds it is the best baseline, with one it stands back, in the claims and in the tables."""
+    name = f"once{len(seeds)}"
+    runs = with_premises(project, name) / f"runs/{name}/m/zh"
+    (project / "params" / f"{name}.yaml").write_text(STUDY.replace("\nsweeps:\n", f"\nsweeps:\n  - {{methods: [tft_en], seeds: {list(seeds)}}}\n"))
+    for seed in seeds:
+        copy_runs(runs / f"dsft_logits/seed{seed}", runs / f"tft_en/seed{seed}", {'"dsft_logits"': '"tft_en"'})
+    analyse(project, "claims", name)
+    row = pd.read_csv(project / f"figures/{name}/claims.csv").set_index("claim").loc["C1a TFT"]
+    assert (row["effect"], row["seeds"]) == (pytest.approx(effect, abs=0.02), 3) and row["low"] <= row["effect"] <= row["high"]
+    analyse(project, "table2", name)
+    against = pd.read_csv(project / f"figures/{name}/table2_against_tft.csv").query("method == 'dsft_logits'")
+    assert set(against["baseline"]) == {baseline} and set(against["seeds"]) == {3}
+
+
 # The methods of `wide` under names that say nothing: what they are stands in the study, and from there in the columns of the tables.
 WRITTEN_OUT = """
 models:
