@@ -125,9 +125,15 @@ def _column(row) -> str:
     return f"{_benchmark(row.dataset)} {metric_of(row.metric).title}, {row.lang}"
 
 # %% ../nbs/26_report.ipynb #2c912e0c
+def _ran_once(summary: pd.DataFrame) -> pd.Series:
+    """Whether a row's method has one seed where other fine-tuned methods of the table have several."""
+    tuned = summary["role"] != "base"
+    return tuned & summary["seeds"].eq(1) & summary.loc[tuned, "seeds"].gt(1).any()
+
+
 def _best(summary: pd.DataFrame) -> pd.Series:
-    """Whether a row of a summary has the best fine-tuned method of its model, benchmark, language and metric."""
-    tuned = summary["value"].where(summary["role"] != "base") * summary["metric"].map(direction)
+    """Whether a row of a summary has the best fine-tuned method of its model, benchmark, language and metric; what ran once is not called best beside what ran several times."""
+    tuned = summary["value"].where((summary["role"] != "base") & ~_ran_once(summary)) * summary["metric"].map(direction)
     column = tuned.groupby([summary[c] for c in ("model", "dataset", "lang", "metric")])
     return (tuned == column.transform("max")) & (tuned > column.transform("min"))
 
@@ -242,7 +248,7 @@ def caption(summary: pd.DataFrame, published_as: dict[str, str | None] | None = 
     """What a reader must know beside `paper_layout`: units, seeds, items, chance levels, and what arrows, daggers and brackets are."""
     if summary.empty:
         return "The study has no such benchmarks."
-    text = f"{_measured(summary)}{_chance(summary)} Bold: the best fine-tuned method of a model and column."
+    text = f"{_measured(summary)}{_chance(summary)} Bold: the best fine-tuned method of a model and column{', of those with several seeds' if _ran_once(summary).any() else ''}."
     if comparison is not None and comparison["p"].notna().any():
         title = dict(zip(summary["method"], summary["title"]))
         baseline = _best_of(title[name] for name in comparison["baseline"].unique())
