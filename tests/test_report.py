@@ -373,10 +373,7 @@ def test_committed_items_load_with_their_clusters(study):
     stored = pd.read_parquet(f"figures/{study}/items.parquet")
     items = load_item_scores(load_study(study).model_copy(update={"runs": "nowhere"}))
     assert len(items) == len(stored) > 10_000
-    if "cluster" in stored:  # questions about one word are a cluster
-        assert items["cluster"].tolist() == stored["cluster"].tolist() and items["cluster"].nunique() < items["id"].nunique() / 2
-    else:  # measured before items had clusters
-        assert (items["cluster"] == items["id"]).all() and items["bits_per_byte"].isna().all()
+    assert items["cluster"].tolist() == stored["cluster"].tolist() and items["cluster"].nunique() < items["id"].nunique() / 2  # questions about one word are a cluster
 
 
 def test_bits_stand_in_both_tables_and_leave_the_others_as_they_are(measured, capsys):
