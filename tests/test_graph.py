@@ -167,7 +167,7 @@ def test_a_study_goes_on_where_its_packed_runs_stop(project):
 def test_the_bases_that_a_study_pretrains_are_made_by_themselves_and_before_runs_are_put_back(project):
     study = yaml.safe_load((project / "params" / "toy.yaml").read_text(encoding="utf-8"))
     small = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 600, "tokens": 4_000, "row_length": 64, "batch_size": 4}
-    study = study | {"models": {f"small-{seed}": {"pretrain": {**small, "seed": seed}} for seed in (0, 1)}, "methods": ["base"], "recipes": {}, "layers": {"i": 1, "j": 2}}
+    study = study | {"models": {f"small-{seed}": {"pretrain": {**small, "seed": seed}} for seed in (0, 1)}, "methods": ["base"], "recipes": {}, "layers": {"i": 1, "j": 2}, "evaluation": {"items": 4}}
     (project / "params" / "grown.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     weights = lambda: {file.parts[-3]: file.read_bytes() for file in sorted((project / "runs" / "grown").rglob("model.safetensors"))}
 
@@ -175,11 +175,22 @@ def test_the_bases_that_a_study_pretrains_are_made_by_themselves_and_before_runs
     made = weights()
     assert list(made) == ["small-0", "small-1"] and made["small-0"] != made["small-1"]
     assert not [*(project / "runs" / "grown").rglob("metrics.json")]
+
+    graph = ["snakemake", "--profile", "params/profiles/local", "--config", "study=grown", "--cores", "2"]
+    evaluated = [f"runs/grown/small-{seed}/zh/base/seed0/metrics.json" for seed in (0, 1)]
+    steps = lambda plan: re.findall(r"^rule (\w+):", plan, re.M)
+    assert not [step for step in steps(run(project, *graph, "--dry-run", "--", *evaluated)) if step.startswith("pretrain")]
+    run(project, *graph, "--", evaluated[0])
+    assert "1 runs of study grown packed" in run(project, "make", "pack", "STUDY=grown")
     shutil.rmtree(project / "runs" / "grown")
-    assert "0 runs of study grown put back" in run(project, "make", "unpack", "STUDY=grown", "CORES=2")
-    assert weights() == made
-    plan = run(project, "snakemake", "--profile", "params/profiles/local", "--config", "study=grown", "--cores", "2", "--dry-run", "--", "runs/grown/small-0/zh/base/seed0/metrics.json")
-    assert "pretrain" not in re.findall(r"^rule (\w+?)(?:_\d)?:", plan, re.M)
+    assert "1 runs of study grown put back, 1 of 2 are there" in run(project, "make", "unpack", "STUDY=grown", "CORES=2")  # the base of what is all packed is not needed
+    assert weights() == {"small-1": made["small-1"]}
+    assert steps(run(project, *graph, "--dry-run", "--", *evaluated)) == ["evaluate"]
+
+    (project / evaluated[0]).unlink()
+    shutil.copytree(project / "runs" / "grown" / "small-1" / "base", project / "runs" / "grown" / "small-0" / "base")  # as if another processor had made other weights
+    told = run(project, "make", "unpack", "STUDY=grown", "CORES=2")
+    assert "1 runs stay packed: they were made on another base model than is there" in told and "0 runs of study grown put back, 0 of 2 are there" in told
 
 
 def test_a_base_whose_vocabulary_is_cut_is_made_from_the_texts_of_the_study(project):
