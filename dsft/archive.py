@@ -87,8 +87,8 @@ def unpack_run(run: Run) -> bool:
         targets = [root / path.relative_to(place) for path in unpacked]
         if run.folder / "metrics.json" not in targets or any(target.parent not in (run.folder, run.training_folder, run.layers_file.parent) for target in targets):
             raise ParamsError(f"{source}: holds another run than its name says; fetch it again, or delete it to have the run made")
-        base = digest(run.base)
-        if base and base != (_base_told(run, Path(place)) or base):
+        here, told = digest(run.base), _base_told(run, Path(place))
+        if here and told and told != here:
             return False
         for path, target in sorted(zip(unpacked, targets), key=lambda pair: (len(pair[1].parts), pair[1].name == "metrics.json")):  # metrics.json last: with it a run is there
             if not target.exists():
@@ -125,6 +125,6 @@ def unpack(study: str):  # name of a study file in params/, or its path
     except ParamsError as error:
         raise SystemExit(f"dsft: {error}") from None
     finished = finished_runs(loaded)
-    if other := sum(archive_of(run).is_file() for run in loaded.all_runs()) - sum(archive_of(run).is_file() for run in finished):
+    if other := len(loaded.all_runs()) - len(finished) - len(runs_left(loaded)):  # neither there nor left: packed
         print(f"{other} runs stay packed: they were made on another base model than is there (pretrained on another kind of processor, it has other weights)")
     print(f"{there} runs of study {study} put back, {len(finished)} of {len(loaded.all_runs())} are there; make the others with: {loaded.command}")
